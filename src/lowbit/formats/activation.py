@@ -1,0 +1,85 @@
+"""Activations: a weight's number formats applied to `x (M, K)` while the model runs.
+
+An activation is split into an *operand* and a *row scale*, `x ~ operand * row_scale`, such that the operand is exact
+in bf16: integer or float8 codes for per-token and per-tensor scales, element times block scale for MX and NVFP4.
+Every matmul then needs one multiplication per output at the end, and no format of activations needs a kernel of its
+own. Scales per group (1x128) do not fit bf16 exactly; they stay beside the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.base import Format, Planes, parse_format
+from lowbit.formats.mx import MXFormat
+from lowbit.formats.nvfp4 import NVFP4Format
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How a linear layer quantizes its input. `spec` is the format's, with `@static` where the scale is calibrated."""
+
+    format: Format
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        static_ok = isinstance(self.format, NVFP4Format) or self.scale_tile == (None, None)
+        if self.static and (not static_ok or self.format.plane("zero_point")):
+            raise ValueError(
+                f"static activation scales need a per-tensor symmetric format or nvfp4, got {self.format.spec}; "
+                "use a dynamic config for scales per token or block"
+            )
+
+    @property
+    def spec(self) -> str:
+        return self.format.spec + ("@static" if self.static else "")
+
+    @property
+    def scale_tile(self) -> tuple[int | None, int | None]:
+        return self.format.scale_planes[0].tile
+
+    @cached_property
+    def grouped(self) -> bool:
+        """Whether scales vary along K and have to be applied inside the matmul."""
+        return self.scale_tile[1] is not None and not isinstance(self.format, (MXFormat, NVFP4Format))
+
+    def quantize(self, x: Tensor, static_scale: Tensor | None = None) -> Planes:
+        """Planes of `x (M, K)`; `static_scale` fp32 `(1, 1)` replaces the tensor-wide scale found from `x`."""
+        if not self.static:
+            return self.format.quantize(x, check_finite=False)
+        if static_scale is None:
+            raise ValueError(f"{self.spec}: a static activation needs its calibrated scale; run lowbit.calibrate first")
+        if isinstance(self.format, NVFP4Format):
+            params = self.format.choose_params(x, outer_scale=static_scale.view(1, 1))
+        else:
+            params = {"scale": static_scale.view(1, 1)}
+        return self.format.quantize(x, params, check_finite=False)
+
+    def split(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`operand (M, K)` bf16 and `row_scale (M or 1, 1)` fp32 with `x ~ operand * row_scale`.
+
+        For grouped scales the second is `(M, ceil(K / group))`, to be applied group by group.
+        """
+        fmt, (m, k) = self.format, x.shape
+        planes = self.quantize(x, static_scale)
+        if "outer_scale" in planes or isinstance(fmt, MXFormat):
+            outer = planes.get("outer_scale", torch.ones(1, 1, device=x.device))
+            inner = planes | {"outer_scale": torch.ones_like(outer)} if "outer_scale" in planes else planes
+            return fmt.dequantize(inner, m, k, torch.bfloat16), outer
+        unit = planes | {"scale": torch.ones_like(planes["scale"])}
+        return fmt.dequantize(unit, m, k, torch.bfloat16), planes["scale"].float()
+
+
+@lru_cache(maxsize=None)
+def parse_activation(spec: str) -> Activation | None:
+    """`float8_e4m3:row`, `int8:tensor@static` -> the activation; the empty string means none."""
+    if not spec:
+        return None
+    name, _, static = spec.partition("@")
+    if static not in ("", "static"):
+        raise ValueError(f"activation {spec!r}: after '@' only 'static' is known, got {static!r}")
+    return Activation(parse_format(name), bool(static))

@@ -1,0 +1,214 @@
+"""Which kernel runs: an ordered table of kernels with their conditions, searched by a pure function.
+
+`select(Problem) -> Choice` names the first kernel that accepts the problem and says why each one before it did not.
+A new kernel is an entry in `KERNELS`, with its conditions in `reject`; nothing branches on formats elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from lowbit.formats.activation import Activation, parse_activation
+from lowbit.formats.base import Format, parse_format
+
+
+class UnsupportedError(NotImplementedError):
+    """No kernel applies, or the one asked for does not; the message lists every kernel and its reason."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matmul `y (M, N) = x (M, K) @ W (N, K).T`, as far as the choice of a kernel depends on it."""
+
+    m: int
+    n: int
+    k: int
+    format: str
+    act: str
+    dtype: torch.dtype
+    device: str
+    arch: tuple[int, int] | None = None  # CUDA compute capability
+
+    @property
+    def weight(self) -> Format:
+        return parse_format(self.format)
+
+    @property
+    def activation(self) -> Activation | None:
+        return parse_activation(self.act)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry of the table. `run` is `module:function` below `lowbit.kernels`, imported at the first call."""
+
+    name: str
+    device: str | None
+    run: str
+    reject: Callable[[Problem], str | None]
+    by_name_only: bool = False
+
+    def why_not(self, p: Problem) -> str | None:
+        if self.device is not None and self.device != p.device:
+            return f"runs on {self.device}, not {p.device}"
+        return self.reject(p)
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor]:
+        return _import_function(self.run)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `select` decided: the kernel, and every kernel tried before it with the reason against it."""
+
+    kernel: Kernel
+    rejected: tuple[tuple[str, str], ...] = field(default=())
+
+
+@lru_cache(maxsize=None)
+def _import_function(path: str) -> Callable[..., torch.Tensor]:
+    module, function = path.split(":")
+    return getattr(importlib.import_module(f"lowbit.kernels.{module}"), function)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1)
+def triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _accept(p: Problem) -> str | None:
+    return None
+
+
+def _triton(p: Problem) -> str | None:
+    if p.arch is not None and p.arch < (8, 0):
+        return f"needs compute capability 8.0, this GPU has {p.arch[0]}.{p.arch[1]}"
+    return triton_missing()
+
+
+def _weight_only(p: Problem) -> str | None:
+    act = p.activation
+    if p.m > 128 and not (act and act.grouped):
+        return f"M = {p.m} is above 128, where dequantizing in chunks is faster"
+    return _triton(p)
+
+
+def _chunked(p: Problem) -> str | None:
+    if p.activation and p.activation.grouped:
+        return "scales per group of the activation change inside a chunk's matmul"
+    return _triton(p)
+
+
+def _eight_bit(p: Problem) -> str | None:
+    """Conditions common to matmuls whose two operands are whole 8-bit codes with scales per row or tensor."""
+    act, w = p.activation, p.weight
+    if act is None:
+        return "the activation is not quantized"
+    for side, fmt in (("activation", act.format), ("weight", w)):
+        if fmt.element.vector != 1 or fmt.element.bits != 8 or fmt.plane("codebook"):
+            return f"the {side} has no 8-bit codes"
+        if fmt.plane("zero_point"):
+            return f"the {side} has zero points"
+        if fmt.plane("scale").k is not None or fmt.plane("scale").n not in (None, 1):  # type: ignore[union-attr]
+            return f"the {side}'s scales are not per row or per tensor"
+    if act.format.element != w.element:
+        return "activation and weight have different elements"
+    return None
+
+
+def _scaled_mm(p: Problem) -> str | None:
+    reason = _eight_bit(p)
+    if reason:
+        return reason
+    if p.weight.planes[0].dtype != torch.float8_e4m3fn:
+        return "only float8_e4m3 x float8_e4m3"
+    if p.arch is None or p.arch < (8, 9):
+        return "needs compute capability 8.9"
+    if p.k % 16 or p.n % 16:
+        return f"needs N and K divisible by 16, got N = {p.n}, K = {p.k}"
+    if p.dtype == torch.float32:
+        return "its output is bf16 or fp16"
+    return None
+
+
+def _triton_int8(p: Problem) -> str | None:
+    return _eight_bit(p) or (
+        "only int8 x int8" if p.weight.planes[0].dtype != torch.int8 else _triton(p)
+    )
+
+
+def _cpu_int8(p: Problem) -> str | None:
+    if p.activation is not None:
+        return "the activation is quantized"
+    if p.weight.planes[0].dtype != torch.int8 or p.weight.plane("scale").k is not None:  # type: ignore[union-attr]
+        return "only symmetric int8 with scales per row or per tensor"
+    if p.dtype != torch.bfloat16:
+        return f"only bf16 activations are fast, got {p.dtype}"
+    if p.k % 32 or p.n % 4:
+        return f"needs K % 32 == 0 and N % 4 == 0, got N = {p.n}, K = {p.k}"
+    if p.m > 32:
+        return f"M = {p.m} is above 32, where one dequantization per block is faster"
+    return None
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
+    Kernel("triton_int8_mm", "cuda", "triton.scaled_mm:int8_mm", _triton_int8),
+    Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
+    Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _chunked),
+    Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),
+    Kernel("torch_blocked", None, "blocked:blocked", _accept),
+    Kernel("reference", None, "reference:reference", _accept, by_name_only=True),
+)
+
+_forced: ContextVar[str | None] = ContextVar("lowbit_kernel", default=None)
+
+
+@contextlib.contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Run every lowbit matmul in this context with the kernel `name`, or fail with the reason it does not apply.
+
+    The only way to the reference kernel, which dequantizes whole weights in fp64.
+    """
+    names = [k.name for k in KERNELS]
+    if name not in names:
+        raise ValueError(f"unknown kernel {name!r}; kernels: {', '.join(names)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def select(problem: Problem) -> Choice:
+    """The first kernel of the table that accepts `problem`, or the one named by `use_kernel`.
+
+    Raises:
+        UnsupportedError: none does; the message lists each kernel with its reason.
+    """
+    return _select(problem, _forced.get())
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, forced: str | None) -> Choice:
+    rejected: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        if forced is not None and kernel.name != forced:
+            continue
+        reason = kernel.why_not(problem)
+        if reason is None and kernel.by_name_only and forced is None:
+            reason = f"dequantizes whole weights; ask for it with lowbit.use_kernel({kernel.name!r})"
+        if reason is None:
+            return Choice(kernel, tuple(rejected))
+        rejected.append((kernel.name, reason))
+    lines = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
+    raise UnsupportedError(f"no kernel for {problem}:\n{lines}")

@@ -1,0 +1,195 @@
+"""The torch.library ops: the one place where a format meets a kernel.
+
+Each op takes plain tensors (the planes of a weight, in the format's order) and the format's spec, flattens the
+leading dimensions, lets `select` choose the kernel for this M and runs it. The choice is made inside the op, so
+`torch.compile` sees one opaque node and never recompiles for M. `Library.define` and `impl` are used because they
+cost a tenth of `torch.library.custom_op` per call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.activation import parse_activation
+from lowbit.formats.base import Format, parse_format
+from lowbit.kernels import blocked
+from lowbit.kernels.select import Problem, select
+
+_LIB = torch.library.Library("lowbit", "DEF")
+_LIB.define(
+    "linear(Tensor x, Tensor[] planes, Tensor? bias, Tensor? act_scale, str format, str act, SymInt n, SymInt k)"
+    " -> Tensor"
+)
+_LIB.define("linear_dgrad(Tensor grad, Tensor[] planes, str format, SymInt n, SymInt k) -> Tensor")
+_LIB.define("embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype) -> Tensor")
+_LIB.define(
+    "conv2d(Tensor x, Tensor[] planes, Tensor? bias, str format, SymInt[] weight_shape, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor"
+)
+_LIB.define("quantize_act(Tensor x, Tensor? act_scale, str act) -> Tensor[]")
+_LIB.define("dequantize(Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype) -> Tensor")
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _arch(t: Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(t.device) if t.is_cuda else None
+
+
+def problem_of(x: Tensor, m: int, n: int, k: int, spec: str, act: str) -> Problem:
+    """The `Problem` that a call of `linear` poses."""
+    return Problem(m, n, k, spec, act, x.dtype, x.device.type, _arch(x))
+
+
+def _check_input(x: Tensor, planes: Sequence[Tensor], fmt: Format, k: int) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"lowbit.linear ({fmt.spec}): the input must be bf16, fp16 or fp32, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"lowbit.linear ({fmt.spec}): the input's last size must be K = {k}, got {tuple(x.shape)}")
+    if x.device != planes[0].device:
+        raise ValueError(f"lowbit.linear ({fmt.spec}): input on {x.device}, weight on {planes[0].device}")
+
+
+def _linear(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
+) -> Tensor:
+    fmt = parse_format(spec)
+    _check_input(x, planes, fmt, k)
+    lead = x.shape[:-1]
+    m = math.prod(lead)
+    if m == 0 or n == 0:
+        return x.new_empty(*lead, n)
+    problem = problem_of(x, m, n, k, spec, act)
+    x2d = x.reshape(m, k)
+    if x2d.stride() != (k, 1):
+        x2d = x2d.contiguous()
+    named = dict(zip(fmt.plane_names, planes, strict=True))
+    y = select(problem).kernel.function(x2d, named, bias, problem, act_scale)
+    return y.view(*lead, n)
+
+
+def _linear_fake(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, planes, bias, _, spec, _, n, k = inputs
+    ctx.save_for_backward(*planes)
+    ctx.lowbit = (spec, n, k, bias is not None)
+
+
+def _linear_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """Gradient of the input as if activations were not rounded (straight-through); packed weights have none."""
+    spec, n, k, has_bias = ctx.lowbit
+    needs = ctx.needs_input_grad
+    dx = torch.ops.lowbit.linear_dgrad(grad, list(ctx.saved_tensors), spec, n, k) if needs[0] else None
+    dbias = grad.reshape(-1, n).sum(0) if has_bias and needs[2] else None
+    return dx, [None] * len(ctx.saved_tensors), dbias, None, None, None, None, None
+
+
+def _linear_dgrad(grad: Tensor, planes: list[Tensor], spec: str, n: int, k: int) -> Tensor:
+    fmt = parse_format(spec)
+    flat = grad.reshape(-1, n)
+    named = dict(zip(fmt.plane_names, planes, strict=True))
+    return blocked.blocked_dgrad(flat, named, fmt, n, k).view(*grad.shape[:-1], k)
+
+
+def _linear_dgrad_fake(grad: Tensor, planes: list[Tensor], spec: str, n: int, k: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], k)
+
+
+def _embedding(ids: Tensor, planes: list[Tensor], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` of the table `(n, k)`: the rows' planes are gathered, then dequantized."""
+    fmt = parse_format(spec)
+    flat = ids.reshape(-1)
+    rows = {}
+    for p, t in zip(fmt.planes, planes, strict=True):
+        if p.shape is None and p.n is not None:
+            index = flat if p.n == 1 else flat // p.n
+            # index_select has no float8 kernels; the bytes are what moves.
+            t = t.view(torch.uint8).index_select(0, index).view(t.dtype) if t.dtype.itemsize == 1 else t[index]
+        rows[p.name] = t
+    return fmt.dequantize(rows, flat.numel(), k, dtype).view(*ids.shape, k)
+
+
+def _embedding_fake(ids: Tensor, planes: list[Tensor], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, k, dtype=dtype)
+
+
+def _conv2d(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, weight_shape: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """Convolution with a weight `(N, C/groups, kh, kw)` stored as `(N, C/groups * kh * kw)`: blocks of output
+    channels are dequantized one after the other, never across two groups."""
+    fmt = parse_format(spec)
+    n, c, kh, kw = weight_shape
+    k, per_group = c * kh * kw, n // groups
+    named = dict(zip(fmt.plane_names, planes, strict=True))
+    outs = []
+    for g in range(groups):
+        xg = x[:, g * c : (g + 1) * c] if groups > 1 else x
+        for a in range(g * per_group, (g + 1) * per_group, step := max(1, blocked.BLOCK_ELEMENTS // k)):
+            b = min(a + step, (g + 1) * per_group)
+            # Rows are taken from whole tiles of the format, then cut to the channels of this block.
+            lo, hi = a // fmt.tile[0] * fmt.tile[0], min(-(-b // fmt.tile[0]) * fmt.tile[0], n)
+            w = fmt.dequantize(fmt.slice(named, 0, lo, hi), hi - lo, k, x.dtype)[a - lo : b - lo]
+            outs.append(torch.conv2d(xg, w.view(b - a, c, kh, kw), None, stride, padding, dilation))
+    y = torch.cat(outs, dim=1)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def _conv2d_fake(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, weight_shape: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    w = x.new_empty(weight_shape)
+    return torch.conv2d(x, w, None, stride, padding, dilation, groups).contiguous()
+
+
+def _quantize_act(x: Tensor, act_scale: Tensor | None, act: str) -> list[Tensor]:
+    activation = parse_activation(act)
+    if activation is None:
+        raise ValueError("lowbit.quantize_act: the activation spec is empty")
+    return list(activation.quantize(x.reshape(-1, x.shape[-1]), act_scale).values())
+
+
+def _quantize_act_fake(x: Tensor, act_scale: Tensor | None, act: str) -> list[Tensor]:
+    fmt = parse_format(act.partition("@")[0])
+    m, k = math.prod(x.shape[:-1]), x.shape[-1]
+    return [x.new_empty(p.shape_for(m, k), dtype=p.dtype) for p in fmt.planes]
+
+
+def _dequantize(planes: list[Tensor], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    fmt = parse_format(spec)
+    return fmt.dequantize(dict(zip(fmt.plane_names, planes, strict=True)), n, k, dtype)
+
+
+def _dequantize_fake(planes: list[Tensor], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return planes[0].new_empty(n, k, dtype=dtype)
+
+
+for _name, _impl, _fake in (
+    ("linear", _linear, _linear_fake),
+    ("linear_dgrad", _linear_dgrad, _linear_dgrad_fake),
+    ("embedding", _embedding, _embedding_fake),
+    ("conv2d", _conv2d, _conv2d_fake),
+    ("quantize_act", _quantize_act, _quantize_act_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+):
+    _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIB)
+torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_linear_setup, lib=_LIB)
+
+linear = torch.ops.lowbit.linear.default
+linear_dgrad = torch.ops.lowbit.linear_dgrad.default
+embedding = torch.ops.lowbit.embedding.default
+conv2d = torch.ops.lowbit.conv2d.default
+quantize_act = torch.ops.lowbit.quantize_act.default
+dequantize = torch.ops.lowbit.dequantize.default
