@@ -1,6 +1,77 @@
-"""lowbit: quantization for PyTorch that is fused or refused."""
+"""lowbit: quantization for PyTorch that is fused or refused.
 
+`quantize_(model, config)` replaces weights in place; `explain(model)` says which kernel runs each layer;
+`save` and `load` keep the result as safetensors.
+"""
+
+from lowbit.calibrate import calibrate
+from lowbit.configs import (
+    CodebookWeightOnlyConfig,
+    Config,
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8DynamicActivationInt4WeightConfig,
+    Float8StaticActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    FormatConfig,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    MXDynamicActivationMXWeightConfig,
+    MXWeightOnlyConfig,
+    NF4WeightOnlyConfig,
+    NVFP4DynamicActivationNVFP4WeightConfig,
+    NVFP4WeightOnlyConfig,
+    parse_config,
+)
+from lowbit.explain import explain
+from lowbit.formats import parse_format
+from lowbit.granularity import PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
+from lowbit.kernels.select import UnsupportedError, use_kernel
+from lowbit.quantize import FqnToConfig, quantize_
+from lowbit.report import Report
 from lowbit.tensor import QuantizedTensor
 
 __version__ = "0.1.0"
-__all__ = ["QuantizedTensor", "__version__"]
+
+__all__ = [
+    "CodebookWeightOnlyConfig",
+    "Config",
+    "Float8DynamicActivationFloat8WeightConfig",
+    "Float8DynamicActivationInt4WeightConfig",
+    "Float8StaticActivationFloat8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "FormatConfig",
+    "FqnToConfig",
+    "Int4WeightOnlyConfig",
+    "Int8DynamicActivationInt4WeightConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "Int8StaticActivationInt8WeightConfig",
+    "Int8WeightOnlyConfig",
+    "IntxWeightOnlyConfig",
+    "MXDynamicActivationMXWeightConfig",
+    "MXWeightOnlyConfig",
+    "NF4WeightOnlyConfig",
+    "NVFP4DynamicActivationNVFP4WeightConfig",
+    "NVFP4WeightOnlyConfig",
+    "PerAxis",
+    "PerBlock",
+    "PerGroup",
+    "PerRow",
+    "PerTensor",
+    "PerToken",
+    "QuantizedTensor",
+    "Report",
+    "UnsupportedError",
+    "__version__",
+    "calibrate",
+    "explain",
+    "parse_config",
+    "parse_format",
+    "quantize_",
+    "use_kernel",
+]

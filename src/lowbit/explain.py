@@ -1,0 +1,101 @@
+"""`explain(model)`: which kernel runs each quantized layer, for which numbers of tokens, and why not another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowbit.kernels.select import Problem, UnsupportedError, select
+from lowbit.tensor import QuantizedTensor
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Tokens `first..last` run on `kernel`; `rejected` are the kernels before it in the table, with reasons."""
+
+    first: int
+    last: int
+    kernel: str
+    rejected: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One quantized linear layer."""
+
+    name: str
+    n: int
+    k: int
+    scheme: str
+    bytes: int
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `print` it, or read `layers`."""
+
+    device: str
+    layers: tuple[LayerExplanation, ...]
+
+    def __str__(self) -> str:
+        lines = [f"kernels on {self.device}"]
+        groups: dict[tuple[object, ...], list[LayerExplanation]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.scheme, layer.n, layer.k, layer.ranges), []).append(layer)
+        for members in groups.values():
+            first = members[0]
+            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+            lines.append(f"{first.name}{more}: {first.scheme}, {first.n} x {first.k}, {first.bytes / 1e6:.2f} MB")
+            for r in first.ranges:
+                lines.append(f"  M {r.first}..{r.last}: {r.kernel}")
+                lines.extend(f"      not {name}: {reason}" for name, reason in r.rejected)
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, tokens: Sequence[int] = TOKENS, dtype: torch.dtype | None = None) -> Explanation:
+    """Explain every Linear of `model` whose weight is quantized.
+
+    Args:
+        tokens: values of M to try; neighbours with the same kernel are joined into a range.
+        dtype: of the activations; the default is each weight's own.
+
+    Raises:
+        ValueError: the model has no quantized Linear.
+    """
+    layers, device = [], "cpu"
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or not isinstance(weight, QuantizedTensor):
+            continue
+        device = str(weight.device)
+        arch = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
+        ranges: list[Range] = []
+        for m in sorted(tokens):
+            n, k, fmt = weight.out_features, weight.in_features, weight.format.spec
+            problem = Problem(m, n, k, fmt, weight.act_spec, dtype or weight.dtype, weight.device.type, arch)
+            try:
+                choice = select(problem)
+                kernel, rejected = choice.kernel.name, choice.rejected
+            except UnsupportedError as error:
+                kernel, rejected = f"none: {error}", ()
+            last = ranges[-1] if ranges else None
+            if last is not None and (last.kernel, _kinds(last.rejected)) == (kernel, _kinds(rejected)):
+                ranges[-1] = Range(last.first, m, kernel, last.rejected)
+            else:
+                ranges.append(Range(m, m, kernel, rejected))
+        scheme = f"{weight.act_spec}->{weight.format.spec}" if weight.act else weight.format.spec
+        layers.append(LayerExplanation(name, n, k, scheme, weight.nbytes_packed, tuple(ranges)))
+    if not layers:
+        raise ValueError("explain: the model has no quantized Linear; call lowbit.quantize_ first")
+    return Explanation(device, tuple(layers))
+
+
+def _kinds(rejected: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """The kernels' names alone: reasons mention M, which differs inside a range."""
+    return tuple(name for name, _ in rejected)
