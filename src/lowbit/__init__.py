@@ -25,7 +25,6 @@ from lowbit.configs import (
     NF4WeightOnlyConfig,
     NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
-    parse_config,
 )
 from lowbit.explain import explain
 from lowbit.formats import parse_format
@@ -33,6 +32,7 @@ from lowbit.granularity import PerAxis, PerBlock, PerGroup, PerRow, PerTensor, P
 from lowbit.kernels.select import UnsupportedError, use_kernel
 from lowbit.quantize import FqnToConfig, quantize_
 from lowbit.report import Report
+from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 
 __version__ = "0.1.0"

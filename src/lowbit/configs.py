@@ -1,15 +1,13 @@
 """The configs users know: torchao's names and defaults, one small frozen dataclass each.
 
 A config says *what* a linear layer becomes: a weight format and, for W8A8-like schemes, how its input is quantized.
-Each has a short name for the command line (`parse_config("int4wo-128")`), and every format spec is a config too
-(`parse_config("int4:g128:asym")`, `parse_config("int8:row->int4:g32")`, activation first).
+Each has a short name (`spec`), which `lowbit.parse_config` of specs.py turns back into it; every format spec is a
+config too (`parse_config("int4:g128:asym")`, `parse_config("int8:row->int4:g32")`, activation first).
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -80,7 +78,7 @@ class Config(ABC):
 def _units(config: Config, arch: tuple[int, int]) -> str:
     weight, act = config.scheme
     assert act is not None
-    same = act.format.element == weight.element and not weight.plane("codebook")
+    same = act.format.element == weight.element and not weight.has("codebook")
     if same and weight.planes[0].dtype == torch.int8:
         return "int8 tensor cores"
     if same and isinstance(weight, Float8Format) and arch >= (8, 9):
@@ -124,7 +122,7 @@ def _granularity_word(g: Granularity) -> str:
     return str(g.group_size) if isinstance(g, PerGroup) else "tensor"
 
 
-# float8 -------------------------------------------------------------------------------------------------------------------
+# float8 ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ class Float8StaticActivationFloat8WeightConfig(Config):
         return _words("float8sq", "row" if isinstance(self.granularity, PerRow) else "")
 
 
-# Integers -----------------------------------------------------------------------------------------------------------------
+# Integers ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -342,10 +340,10 @@ def _int_bits(dtype: torch.dtype) -> int:
     return bits[dtype]
 
 
-# Block-scaled floats ------------------------------------------------------------------------------------------------------
+# Block-scaled floats -----------------------------------------------------------------------------
 
 MXName = Literal["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"]
-_MX_WORDS = {
+MX_WORDS = {
     "mxfp8": "mxfp8_e4m3",
     "mxfp8e5m2": "mxfp8_e5m2",
     "mxfp6": "mxfp6_e2m3",
@@ -355,7 +353,7 @@ _MX_WORDS = {
 
 
 def _mx_word(name: str) -> str:
-    return next(word for word, full in _MX_WORDS.items() if full == name)
+    return next(word for word, full in MX_WORDS.items() if full == name)
 
 
 @dataclass(frozen=True)
@@ -425,7 +423,7 @@ class NVFP4DynamicActivationNVFP4WeightConfig(Config):
         return "nvfp4sq" if self.static_global_scale else "nvfp4dq"
 
 
-# Tables -------------------------------------------------------------------------------------------------------------------
+# Tables ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -459,77 +457,3 @@ class CodebookWeightOnlyConfig(Config):
     @property
     def spec(self) -> str:
         return _words(f"codebook{self.bits}{f'v{self.vector}' if self.vector > 1 else ''}wo", self.group_size)
-
-
-# Short names --------------------------------------------------------------------------------------------------------------
-
-
-def _granularity(word: str | None, default: Granularity) -> Granularity:
-    named: dict[str, Granularity] = {"": default, "row": PerRow(), "tensor": PerTensor(), "block": PerBlock()}
-    word = word or ""
-    return named[word] if word in named else PerGroup(int(word))
-
-
-def _int_dtype(bits: str) -> torch.dtype:
-    return getattr(torch, f"int{bits}")  # type: ignore[no-any-return]
-
-
-_G = r"(?:-(row|tensor|block|\d+))?"
-_PATTERNS: tuple[tuple[str, Callable[..., Config]], ...] = (
-    (rf"float8wo{_G}(-e5m2)?", lambda g, e: Float8WeightOnlyConfig(
-        torch.float8_e5m2 if e else torch.float8_e4m3fn, _granularity(g, PerRow()))),
-    (r"float8dq(?:-(row|tensor|block))?", lambda g: Float8DynamicActivationFloat8WeightConfig(
-        _granularity(g, PerTensor()))),
-    (r"float8sq(?:-(row))?", lambda g: Float8StaticActivationFloat8WeightConfig(
-        granularity=_granularity(g, PerTensor()))),  # type: ignore[arg-type]
-    (r"float8dq-int4(?:-(\d+))?", lambda g: Float8DynamicActivationInt4WeightConfig(int(g or 128))),
-    (rf"int8wo{_G}", lambda g: Int8WeightOnlyConfig(_granularity(g, PerRow()))),
-    (r"int8dq(?:-(tensor|row))?(-asym)?", lambda g, a: Int8DynamicActivationInt8WeightConfig(
-        _granularity(g, PerRow()), not a)),  # type: ignore[arg-type]
-    (r"int8sq(?:-(tensor|row))?", lambda g: Int8StaticActivationInt8WeightConfig(
-        granularity=_granularity(g, PerRow()))),  # type: ignore[arg-type]
-    (r"int4wo(?:-(\d+))?(-sym)?", lambda g, s: Int4WeightOnlyConfig(int(g or 128), bool(s))),
-    (rf"int([1235-7])wo{_G}(-asym)?", lambda b, g, a: IntxWeightOnlyConfig(
-        _int_dtype(b), _granularity(g, PerRow()), not a)),
-    (r"int8dq-int4(?:-(\d+))?(-sym)?", lambda g, s: Int8DynamicActivationInt4WeightConfig(int(g or 32), bool(s))),
-    (rf"int8dq-int([1-8]){_G}(-sym)?", lambda b, g, s: Int8DynamicActivationIntxWeightConfig(
-        _int_dtype(b), _granularity(g, PerRow()), bool(s))),
-    (rf"({'|'.join(_MX_WORDS)})wo(?:-(floor|rceil))?", lambda n, s: MXWeightOnlyConfig(
-        _MX_WORDS[n], s or "floor")),  # type: ignore[arg-type]
-    (rf"({'|'.join(_MX_WORDS)})dq(?:-(floor|rceil))?", lambda n, s: MXDynamicActivationMXWeightConfig(
-        _MX_WORDS[n], _MX_WORDS[n], s or "floor")),  # type: ignore[arg-type]
-    (r"nvfp4wo", NVFP4WeightOnlyConfig),
-    (r"nvfp4dq", NVFP4DynamicActivationNVFP4WeightConfig),
-    (r"nvfp4sq", lambda: NVFP4DynamicActivationNVFP4WeightConfig(static_global_scale=True)),
-    (r"nf4wo(?:-(\d+))?(-dq)?", lambda g, d: NF4WeightOnlyConfig(int(g or 64), bool(d))),
-    (r"codebook(\d)(?:v(\d))?wo(?:-(\d+))?", lambda b, v, g: CodebookWeightOnlyConfig(
-        int(b), int(g or 64), int(v or 1))),
-)  # fmt: skip
-
-#: One config per short name that `doctor`, the demo and the tests iterate over.
-EXAMPLES = (
-    "float8wo", "float8wo-tensor", "float8wo-128", "float8wo-block", "float8wo-e5m2", "float8dq", "float8dq-row",
-    "float8dq-block", "float8sq", "int8wo", "int8wo-128", "int8dq", "int8dq-asym", "int8sq", "int4wo-256",
-    "int4wo-128", "int4wo-64", "int4wo-32", "int4wo-128-sym", "int1wo-64", "int2wo-32-asym", "int3wo-64", "int5wo",
-    "int6wo-128", "int7wo", "float8dq-int4-128", "int8dq-int4-32", "int8dq-int3-32", "mxfp8wo", "mxfp6wo", "mxfp4wo",
-    "mxfp4wo-rceil", "mxfp8dq", "mxfp6dq", "mxfp4dq", "nvfp4wo", "nvfp4dq", "nvfp4sq", "nf4wo-64", "nf4wo-64-dq",
-    "codebook4wo-64", "codebook4v2wo-64",
-)  # fmt: skip
-
-
-def parse_config(spec: str) -> Config:
-    """The config that a short name or a format spec stands for.
-
-    Raises:
-        ValueError: neither; the message shows names that exist.
-    """
-    for pattern, build in _PATTERNS:
-        match = re.fullmatch(pattern, spec)
-        if match:
-            return build(*match.groups())
-    if ":" in spec or "->" in spec or spec in ("nvfp4", "mxfp4"):
-        act, arrow, weight = spec.rpartition("->")
-        config = FormatConfig(weight, act)
-        _ = config.scheme
-        return config
-    raise ValueError(f"unknown config {spec!r}; examples: {', '.join(EXAMPLES)}; or a format such as 'int4:g128:asym'")

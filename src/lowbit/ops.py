@@ -9,7 +9,7 @@ cost a tenth of `torch.library.custom_op` per call.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def _conv2d(
             b = min(a + step, (g + 1) * per_group)
             # Rows are taken from whole tiles of the format, then cut to the channels of this block.
             lo, hi = a // fmt.tile[0] * fmt.tile[0], min(-(-b // fmt.tile[0]) * fmt.tile[0], n)
-            w = fmt.dequantize(fmt.slice(named, 0, lo, hi), hi - lo, k, x.dtype)[a - lo : b - lo]
+            w = fmt.dequantize(fmt.slice_planes(named, 0, lo, hi), hi - lo, k, x.dtype)[a - lo : b - lo]
             outs.append(torch.conv2d(xg, w.view(b - a, c, kh, kw), None, stride, padding, dilation))
     y = torch.cat(outs, dim=1)
     return y if bias is None else y + bias.view(-1, 1, 1)
@@ -187,9 +187,9 @@ for _name, _impl, _fake in (
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIB)
 torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_linear_setup, lib=_LIB)
 
-linear = torch.ops.lowbit.linear.default
-linear_dgrad = torch.ops.lowbit.linear_dgrad.default
-embedding = torch.ops.lowbit.embedding.default
-conv2d = torch.ops.lowbit.conv2d.default
-quantize_act = torch.ops.lowbit.quantize_act.default
-dequantize = torch.ops.lowbit.dequantize.default
+linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
+linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default
+embedding: Callable[..., Tensor] = torch.ops.lowbit.embedding.default
+conv2d: Callable[..., Tensor] = torch.ops.lowbit.conv2d.default
+quantize_act: Callable[..., list[Tensor]] = torch.ops.lowbit.quantize_act.default
+dequantize: Callable[..., Tensor] = torch.ops.lowbit.dequantize.default

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibrate import Statistics, static_scale
-from lowbit.configs import Config, Scheme, parse_config
+from lowbit.configs import Config, Scheme
 from lowbit.formats.base import Format, Planes
 from lowbit.formats.fp8 import Float8Format
 from lowbit.report import LayerReport, Report
+from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -150,7 +151,7 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
     return None
 
 
-# Which layers -------------------------------------------------------------------------------------------------------------
+# Which layers ------------------------------------------------------------------------------------
 
 Plan = list[tuple[str, nn.Module, Config | None]]
 
@@ -199,7 +200,7 @@ def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
     return plan
 
 
-# One layer ----------------------------------------------------------------------------------------------------------------
+# One layer ---------------------------------------------------------------------------------------
 
 
 def _quantize_weight(
@@ -232,7 +233,7 @@ def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
     for start in range(0, n, step):
         stop = min(start + step, n)
         rows = w[start:stop].float()
-        error = rows - fmt.dequantize(fmt.slice(planes, 0, start, stop), stop - start, k)
+        error = rows - fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)
         signal += float(rows.double().square().sum())
         noise += float(error.double().square().sum())
     if noise == 0.0:

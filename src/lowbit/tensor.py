@@ -91,7 +91,7 @@ class QuantizedTensor(Tensor):
         planes = format.quantize(w.detach().reshape(w.shape[0], math.prod(w.shape[1:])), params)
         return cls(planes, format, w.shape, w.dtype, act, act_scale)
 
-    # What it is made of ------------------------------------------------------------------------------------------
+    # What it is made of --------------------------------------------------------------------------
 
     @property
     def planes(self) -> Planes:
@@ -137,7 +137,7 @@ class QuantizedTensor(Tensor):
         act_scale = None if self.act_scale is None else f(self.act_scale)
         return self.with_planes({n: f(t) for n, t in self.planes.items()}, act_scale=act_scale, **changes)
 
-    # The protocol of traceable wrapper subclasses ------------------------------------------------------------------
+    # The protocol of traceable wrapper subclasses ------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         names = list(self.format.plane_names) + (["act_scale"] if self.act_scale is not None else [])
@@ -151,7 +151,7 @@ class QuantizedTensor(Tensor):
         shape = (outer_size[1], outer_size[0]) if transposed else outer_size
         return cls(inner, format, shape, dtype, act, inner.get("act_scale"), transposed)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         act = f", act={self.act.spec}" if self.act else ""
         return (
             f"QuantizedTensor({self.format.spec}{act}, shape={tuple(self.shape)}, dtype={self.dtype}, "
@@ -167,7 +167,9 @@ class QuantizedTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in _ATEN:
             return _ATEN[func](func, *args, **(kwargs or {}))
         qt = next(a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QuantizedTensor))
@@ -176,7 +178,7 @@ class QuantizedTensor(Tensor):
             "moves and slices on tile boundaries; for anything else call .dequantize() first, knowing its cost."
         )
 
-    # FSDP2: gather the planes, then rebuild --------------------------------------------------------------------------
+    # FSDP2: gather the planes, then rebuild ------------------------------------------------------
 
     def fsdp_pre_all_gather(self, mesh: Any, *_: Any) -> tuple[tuple[Tensor, ...], Any]:
         self._refuse_shared_rows("FSDP")
@@ -224,10 +226,10 @@ def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
 
 def _refuse(w: Any, name: str, expected: str) -> None:
     if not isinstance(w, QuantizedTensor):
-        raise TypeError(f"{name}: {expected}, got a quantized tensor elsewhere in the call and {type(w).__name__} there")
+        raise TypeError(f"{name}: {expected}, got one elsewhere in the call and {type(w).__name__} there")
 
 
-# torch functions: what modules call ------------------------------------------------------------------------------------
+# torch functions: what modules call --------------------------------------------------------------
 
 
 @_implements(F.linear)
@@ -277,7 +279,7 @@ def _embedding(weight: QuantizedTensor, ids: Tensor) -> Tensor:
     return ops.embedding(ids, planes, spec, weight.out_features, weight.in_features, weight.dtype)
 
 
-# aten ops: what DTensor, FSDP, copies and moves arrive as ----------------------------------------------------------------
+# aten ops: what DTensor, FSDP, copies and moves arrive as ----------------------------------------
 
 
 @_implements(aten.linear.default)
@@ -379,7 +381,7 @@ def _cut(w: QuantizedTensor, dim: int, start: int, stop: int) -> QuantizedTensor
             )
     shape = list((w.shape[1], w.shape[0]) if w.transposed else w.shape)
     shape[axis] = stop - start
-    return w.with_planes(w.format.slice(w.planes, axis, start, stop), tuple(shape))
+    return w.with_planes(w.format.slice_planes(w.planes, axis, start, stop), tuple(shape))
 
 
 @_implements(aten.slice.Tensor)

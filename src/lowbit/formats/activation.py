@@ -9,7 +9,7 @@ own. Scales per group (1x128) do not fit bf16 exactly; they stay beside the code
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         static_ok = isinstance(self.format, NVFP4Format) or self.scale_tile == (None, None)
-        if self.static and (not static_ok or self.format.plane("zero_point")):
+        if self.static and (not static_ok or self.format.has("zero_point")):
             raise ValueError(
                 f"static activation scales need a per-tensor symmetric format or nvfp4, got {self.format.spec}; "
                 "use a dynamic config for scales per token or block"
@@ -74,7 +74,7 @@ class Activation:
         return fmt.dequantize(unit, m, k, torch.bfloat16), planes["scale"].float()
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_activation(spec: str) -> Activation | None:
     """`float8_e4m3:row`, `int8:tensor@static` -> the activation; the empty string means none."""
     if not spec:

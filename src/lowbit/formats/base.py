@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import ClassVar, TypeVar
 
 import torch
@@ -28,6 +28,9 @@ Planes = dict[str, Tensor]
 
 # Smallest normal fp32. Scales never go below it, so that 1/scale and w/scale stay finite.
 MIN_SCALE = 2.0**-126
+# Scales are chosen as if no weight were larger, so that every level times its scale is finite in fp32 (a float may be
+# rounded up to the next power of two; one asymmetric bit spans twice the largest weight).
+LARGEST_WEIGHT = 2.0**126
 # Rows are encoded in chunks of about this many weights: the temporaries of a quantization stay small and in cache.
 CHUNK_ELEMENTS = 1 << 21
 
@@ -72,7 +75,7 @@ class Format(ABC):
     #: Specs that stand for the family in tests, `doctor` and the documentation.
     examples: ClassVar[tuple[str, ...]] = ()
 
-    # What a family declares ------------------------------------------------------------------------------------
+    # What a family declares ----------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -101,7 +104,7 @@ class Format(ABC):
     #: Formats whose levels or scales bf16 cannot hold lose a little to the rounding of the decoded weight.
     kernel_sqnr_db: ClassVar[float] = 50.0
 
-    # What follows from it ---------------------------------------------------------------------------------------
+    # What follows from it ------------------------------------------------------------------------
 
     def __str__(self) -> str:
         return self.spec
@@ -117,8 +120,13 @@ class Format(ABC):
     def plane_names(self) -> tuple[str, ...]:
         return tuple(p.name for p in self.planes)
 
-    def plane(self, name: str) -> Plane | None:
-        return next((p for p in self.planes if p.name == name), None)
+    def has(self, name: str) -> bool:
+        """Whether the format stores a plane of this name."""
+        return name in self.plane_names
+
+    def plane(self, name: str) -> Plane:
+        """The declaration of a plane that the format `has`."""
+        return self.planes[self.plane_names.index(name)]
 
     @property
     def bits_per_weight(self) -> float:
@@ -195,20 +203,20 @@ class Format(ABC):
 
     def take_rows(self, planes: Mapping[str, Tensor], rows: slice) -> Planes:
         """The planes of rows `rows` (bounds on tile boundaries, or at the end); untiled planes are shared."""
-        return self.slice(planes, 0, rows.start, rows.stop)
+        return self.slice_planes(planes, 0, rows.start, rows.stop)
 
-    def slice(self, planes: Mapping[str, Tensor], dim: int, start: int, stop: int) -> Planes:
+    def slice_planes(self, planes: Mapping[str, Tensor], dim: int, start: int, stop: int) -> Planes:
         """Views of the planes that hold weights `start..stop` along `dim` (0: N, 1: K); no alignment check."""
         out = {}
         for p in self.planes:
             if p.name in planes:
                 size = (p.n, p.k)[dim]
                 t = planes[p.name]
-                cut = p.shape is None and size is not None
-                out[p.name] = t.narrow(dim, start // size, -(-stop // size) - start // size) if cut else t
+                whole = p.shape is not None or size is None
+                out[p.name] = t if whole else t.narrow(dim, start // size, -(-stop // size) - start // size)
         return out
 
-    # Internals ----------------------------------------------------------------------------------------------------
+    # Internals -----------------------------------------------------------------------------------
 
     def _row_chunks(self, n: int, k: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // max(k, 1) // self.tile[0]) * self.tile[0]
@@ -238,9 +246,10 @@ class Format(ABC):
 
 
 def tile_reduce(w: Tensor, tile: tuple[int | None, int | None], reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Reduce each tile of `w (N, K)` to one fp32 number; partial tiles at the edges are padded with zeros.
+    """Reduce each tile of `w (N, K)` to one number; partial tiles at the edges are padded with zeros.
 
-    `reduce` maps `(tiles, elements)` to `(tiles,)`. Returns `(ceil(N/n), ceil(K/k))`.
+    `reduce` maps `(tiles, elements)` to `(tiles,)`. Returns `(ceil(N/n), ceil(K/k))`, fp64 where `reduce` gives
+    that and fp32 otherwise.
     """
     n, k = w.shape
     tn, tk = tile[0] or max(n, 1), tile[1] or max(k, 1)
@@ -248,14 +257,25 @@ def tile_reduce(w: Tensor, tile: tuple[int | None, int | None], reduce: Callable
     if gn * tn != n or gk * tk != k:
         w = torch.nn.functional.pad(w, (0, gk * tk - k, 0, gn * tn - n))
     tiles = w.reshape(gn, tn, gk, tk).transpose(1, 2).reshape(gn * gk, tn * tk)
-    return reduce(tiles).float().reshape(gn, gk)
+    out = reduce(tiles).reshape(gn, gk)
+    return out if out.dtype == torch.float64 else out.float()
 
 
 def tile_amax(w: Tensor, tile: tuple[int | None, int | None]) -> Tensor:
-    """Largest magnitude of each tile, fp32."""
+    """Largest magnitude of each tile, fp32, at most `LARGEST_WEIGHT`."""
     if w.numel() == 0:
         return tile_reduce(w, tile, lambda t: t.new_zeros(t.shape[0]))
-    return tile_reduce(w, tile, lambda t: torch.maximum(t.amax(1), -t.amin(1)))
+    return bounded(tile_reduce(w, tile, lambda t: torch.maximum(t.amax(1), -t.amin(1))))
+
+
+def bounded(x: Tensor) -> Tensor:
+    """Finite numbers brought to within +-`LARGEST_WEIGHT`; NaN and Inf stay."""
+    return torch.where(x.isinf(), x, x.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT))
+
+
+def divide(x: Tensor, number: float) -> Tensor:
+    """`x / number`, rounded once on every device: CUDA multiplies by the rounded inverse of a Python number."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def safe_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -267,7 +287,7 @@ def safe_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.where(scale == 0, 1.0, torch.where(scale.isinf(), scale.float(), kept)).to(dtype)
 
 
-# The registry -------------------------------------------------------------------------------------------------------
+# The registry ------------------------------------------------------------------------------------
 
 _FAMILIES: dict[str, Callable[..., Format]] = {}
 _EXAMPLES: list[str] = []
@@ -299,7 +319,7 @@ def unregister(*names: str) -> None:
     parse_format.cache_clear()
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_format(spec: str) -> Format:
     """The format named by a spec such as `int4:g128`, `float8_e4m3:row`, `mxfp4`, `nf4:g64:dq`.
 
@@ -310,6 +330,11 @@ def parse_format(spec: str) -> Format:
     if name not in _FAMILIES:
         raise ValueError(f"unknown format {spec!r}; families: {', '.join(sorted(_FAMILIES))}")
     return _FAMILIES[name](name, *options)
+
+
+def families() -> tuple[str, ...]:
+    """The first words that specs can have."""
+    return tuple(sorted(_FAMILIES))
 
 
 def registered() -> tuple[Format, ...]:

@@ -35,7 +35,7 @@ def blocked(
         operand = operand.float()
     y = torch.empty(m, n, dtype=torch.float32, device=x.device)
     for start, stop in row_blocks(fmt, n, k):
-        w = fmt.dequantize(fmt.slice(planes, 0, start, stop), stop - start, k)
+        w = fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)
         torch.mm(operand, w.T, out=y[:, start:stop])
     if row_scale is not None:
         y *= row_scale
@@ -49,6 +49,6 @@ def blocked_dgrad(grad: Tensor, planes: Mapping[str, Tensor], fmt: Format, n: in
     out = torch.zeros(grad.shape[0], k, dtype=torch.float32, device=grad.device)
     elements = BLOCK_ELEMENTS if grad.device.type == "cpu" else 1 << 23
     for start, stop in row_blocks(fmt, n, k, elements):
-        w = fmt.dequantize(fmt.slice(planes, 0, start, stop), stop - start, k)
+        w = fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)
         out.addmm_(grad[:, start:stop].float(), w)
     return out.to(grad.dtype)

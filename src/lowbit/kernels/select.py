@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -74,7 +74,7 @@ class Choice:
     rejected: tuple[tuple[str, str], ...] = field(default=())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _import_function(path: str) -> Callable[..., torch.Tensor]:
     module, function = path.split(":")
     return getattr(importlib.import_module(f"lowbit.kernels.{module}"), function)  # type: ignore[no-any-return]
@@ -114,11 +114,11 @@ def _eight_bit(p: Problem) -> str | None:
     if act is None:
         return "the activation is not quantized"
     for side, fmt in (("activation", act.format), ("weight", w)):
-        if fmt.element.vector != 1 or fmt.element.bits != 8 or fmt.plane("codebook"):
+        if fmt.element.vector != 1 or fmt.element.bits != 8 or fmt.has("codebook"):
             return f"the {side} has no 8-bit codes"
-        if fmt.plane("zero_point"):
+        if fmt.has("zero_point"):
             return f"the {side} has zero points"
-        if fmt.plane("scale").k is not None or fmt.plane("scale").n not in (None, 1):  # type: ignore[union-attr]
+        if fmt.plane("scale").k is not None or fmt.plane("scale").n not in (None, 1):
             return f"the {side}'s scales are not per row or per tensor"
     if act.format.element != w.element:
         return "activation and weight have different elements"
@@ -149,7 +149,7 @@ def _triton_int8(p: Problem) -> str | None:
 def _cpu_int8(p: Problem) -> str | None:
     if p.activation is not None:
         return "the activation is quantized"
-    if p.weight.planes[0].dtype != torch.int8 or p.weight.plane("scale").k is not None:  # type: ignore[union-attr]
+    if p.weight.planes[0].dtype != torch.int8 or p.weight.plane("scale").k is not None:
         return "only symmetric int8 with scales per row or per tensor"
     if p.dtype != torch.bfloat16:
         return f"only bf16 activations are fast, got {p.dtype}"
