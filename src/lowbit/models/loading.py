@@ -1,0 +1,49 @@
+"""Fills a model made on the meta device with weights that arrive one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.models.config import LlamaConfig
+from lowbit.models.llama import Llama
+
+
+def assign_weights(
+    config: LlamaConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: str
+) -> Llama:
+    """A model of shape `config` whose parameters are `tensors`, cast to `dtype`; eval mode, no gradients.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of the wrong shape; `source` tells the reader which file.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    missing = {name for name, _ in model.named_parameters()}  # a tied output projection is not listed twice
+    unknown = []
+    for name, tensor in tensors:
+        if name == "lm_head.weight" and config.tie_embeddings:
+            continue
+        if name not in missing:
+            unknown.append(name)
+            continue
+        missing.remove(name)
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        expected = getattr(module, leaf).shape
+        if tensor.shape != expected:
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(expected)}")
+        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+    if missing or unknown:
+        raise ValueError(
+            f"{source}: the weights do not fit the config; missing {_some(missing)}; unknown {_some(unknown)}"
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return (", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")) or "none"
