@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Format, Plane, Planes, register, safe_scale, tile_amax
+from lowbit.formats.base import Format, Plane, Planes, bounded, divide, register, safe_scale, tile_amax
 from lowbit.formats.elements import TableElement
 from lowbit.formats.int import parse_options
 from lowbit.granularity import PerGroup
@@ -85,7 +85,7 @@ class TableFormat(Format):
             return {"scale": safe_scale(amax), "codebook": codebook}
         offset = (amax.double().mean() if amax.numel() else amax.new_zeros(()).double()).float().reshape(1, 1)
         centred = amax - offset
-        outer = safe_scale(tile_amax(centred, (1, SCALES_PER_OUTER)) / 127)
+        outer = safe_scale(divide(tile_amax(centred, (1, SCALES_PER_OUTER)), 127))
         expanded = outer.repeat_interleave(SCALES_PER_OUTER, dim=1)[:, : centred.shape[1]]
         scale = (centred / expanded).round_().clamp_(-127, 127)
         # A group of zeros among large ones may decode to a scale near zero or below. Any scale is right for it, and a
@@ -141,8 +141,10 @@ class CodebookFormat(Format):
     def choose_params(self, w: Tensor) -> Planes:
         scale = safe_scale(tile_amax(w, (1, self.group_size)), torch.bfloat16)
         points, weights = self._sample(w, scale.float())
-        centres = kmeans_1d(points[:, 0], weights, 1 << self.bits) if self.vector == 1 else kmeans(
-            points, weights, 1 << self.element.bits
+        centres = (
+            kmeans_1d(points[:, 0], weights, 1 << self.bits)
+            if self.vector == 1
+            else kmeans(points, weights, 1 << self.element.bits)
         )
         return {"scale": scale, "codebook": centres.to(torch.bfloat16)}
 
@@ -151,7 +153,7 @@ class CodebookFormat(Format):
         rows = torch.linspace(0, w.shape[0] - 1, min(w.shape[0], max(1, limit // max(w.shape[1], 1)))).long()
         rows = rows.to(w.device)
         s = scale[rows].repeat_interleave(self.group_size, dim=1)[:, : w.shape[1]]
-        x = w[rows].float() / s
+        x = bounded(w[rows].float()) / s
         pad = (0, -w.shape[1] % self.vector)
         points = torch.nn.functional.pad(x, pad).reshape(-1, self.vector)
         weights = torch.nn.functional.pad(s, pad).reshape(-1, self.vector)[:, 0].double()

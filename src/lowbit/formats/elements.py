@@ -213,6 +213,7 @@ class TableElement(Element):
         if self.width == 1:
             order = torch.argsort(table, stable=True)
             levels = table[order]
+            order = order[torch.searchsorted(levels, levels)]  # of equal levels (FP4 has two zeros) the first
             # Midpoints in fp64, where they are exact; a value on a midpoint goes to the lower level.
             middle = (levels[1:].double() + levels[:-1].double()) / 2
             return order.to(torch.uint8)[torch.bucketize(x.double(), middle)]

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Format, Plane, Planes, register, safe_scale, tile_amax
+from lowbit.formats.base import Format, Plane, Planes, divide, register, safe_scale, tile_amax
 from lowbit.formats.elements import FloatElement
 from lowbit.formats.int import parse_options
 from lowbit.granularity import Granularity, PerRow
@@ -56,4 +56,4 @@ class Float8Format(Format):
         return (Plane("scale", torch.float32, *self.granularity.tile),)
 
     def choose_params(self, w: Tensor) -> Planes:
-        return {"scale": safe_scale(tile_amax(w, self.granularity.tile) / self.element.max)}
+        return {"scale": safe_scale(divide(tile_amax(w, self.granularity.tile), self.element.max))}

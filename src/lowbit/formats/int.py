@@ -15,7 +15,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Format, Plane, Planes, register, safe_scale, tile_amax, tile_reduce
+from lowbit.formats.base import (
+    Format,
+    Plane,
+    Planes,
+    bounded,
+    divide,
+    register,
+    safe_scale,
+    tile_amax,
+    tile_reduce,
+)
 from lowbit.formats.elements import IntElement
 from lowbit.granularity import Granularity, PerGroup, parse_granularity
 
@@ -35,7 +45,8 @@ def parse_options(name: str, options: tuple[str, ...], allowed: dict[str, tuple[
         key, value = ("granularity", granularity) if granularity is not None else allowed.get(word, (None, None))
         if key is None:
             known = ["tensor", "row", "g<size>", "b<rows>x<columns>", *allowed]
-            raise ValueError(f"format {':'.join((name, *options))!r}: unknown option {word!r}; known: {', '.join(known)}")
+            spec = ":".join((name, *options))
+            raise ValueError(f"format {spec!r}: unknown option {word!r}; known: {', '.join(known)}")
         if key in out:
             raise ValueError(f"format {':'.join((name, *options))!r}: {word!r} repeats an option")
         out[key] = value
@@ -101,17 +112,16 @@ class IntFormat(Format):
     def choose_params(self, w: Tensor) -> Planes:
         tile, top, dtype = self.granularity.tile, (1 << self.bits) - 1, self.scale_dtype or torch.float32
         if not self.symmetric:
-            low = tile_reduce(w, tile, lambda t: t.amin(1)).clamp_(max=0)
-            high = tile_reduce(w, tile, lambda t: t.amax(1)).clamp_(min=0)
+            low = bounded(tile_reduce(w, tile, lambda t: t.amin(1)).clamp_(max=0))
+            high = bounded(tile_reduce(w, tile, lambda t: t.amax(1)).clamp_(min=0))
             # Divided before subtracting: high - low can exceed the largest fp32.
-            scale = safe_scale(high / top - low / top, dtype)
+            scale = safe_scale(divide(high, top) - divide(low, top), dtype)
             zero_point = (-low / scale.float()).round_().clamp_(0, top).to(torch.uint8)
             return {"scale": scale, "zero_point": zero_point}
         if self.bits == 1:
             # The mean over the weights that exist: a partial tile is padded with zeros, which count for nothing.
             total = tile_reduce(w.float().abs(), tile, lambda t: t.double().sum(1))
             count = tile_reduce(torch.ones_like(w, dtype=torch.float32), tile, lambda t: t.sum(1))
-            scale = safe_scale(total / count, dtype)
+            scale = safe_scale((total / count).float(), dtype)
             return {"scale": torch.where(total > 0, scale, torch.zeros_like(scale))}
-        return {"scale": safe_scale(tile_amax(w, tile) / (top / 2), dtype)}
-
+        return {"scale": safe_scale(divide(tile_amax(w, tile), top / 2), dtype)}

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Format, Plane, Planes, register, tile_amax
+from lowbit.formats.base import Format, Plane, Planes, divide, register, tile_amax
 from lowbit.formats.elements import FloatElement
 from lowbit.formats.fp8 import E4M3, E5M2
 from lowbit.formats.int import parse_options
@@ -74,7 +74,7 @@ class MXFormat(Format):
         if self.scaling == "floor":
             exponent = torch.frexp(amax)[1] - 1 - self.element.max_exponent
         else:
-            mantissa, exponent = torch.frexp(amax.double() / self.element.max)
+            mantissa, exponent = torch.frexp(divide(amax.double(), self.element.max))
             exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
         exponent = torch.where(amax == 0, 0, exponent).clamp(-E8M0_BIAS, E8M0_BIAS)
         scale = torch.where(amax.isfinite(), exponent + E8M0_BIAS, E8M0_NAN).to(torch.uint8)

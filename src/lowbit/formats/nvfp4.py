@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Format, Plane, Planes, register, safe_scale, tile_amax
+from lowbit.formats.base import Format, Plane, Planes, divide, register, safe_scale, tile_amax
 from lowbit.formats.elements import FloatElement
 from lowbit.formats.fp8 import E4M3
 from lowbit.formats.mx import E2M1
@@ -54,7 +54,7 @@ class NVFP4Format(Format):
         amax = tile_amax(w, (1, BLOCK))
         if outer_scale is None:
             top = amax.amax().reshape(1, 1) if amax.numel() else amax.new_zeros(1, 1)
-            outer_scale = safe_scale(top / (E4M3.max * E2M1.max))
-        scale = (amax / E2M1.max / outer_scale).clamp(E4M3.min_subnormal, E4M3.max)
+            outer_scale = safe_scale(divide(top, E4M3.max * E2M1.max))
+        scale = (divide(amax, E2M1.max) / outer_scale).clamp(E4M3.min_subnormal, E4M3.max)
         scale = torch.where(amax > 0, scale, torch.ones_like(scale))
         return {"scale": scale.to(torch.float8_e4m3fn), "outer_scale": outer_scale}
