@@ -25,6 +25,7 @@ from torch import Tensor
 from lowbit.formats.elements import Element
 
 Planes = dict[str, Tensor]
+Tile = tuple[int | None, int | None]
 
 # Smallest normal fp32. Scales never go below it, so that 1/scale and w/scale stay finite.
 MIN_SCALE = 2.0**-126
@@ -57,7 +58,7 @@ class Plane:
         return (1 if self.n is None else -(-n // self.n), 1 if self.k is None else -(-k // self.k))
 
     @property
-    def tile(self) -> tuple[int | None, int | None]:
+    def tile(self) -> Tile:
         return (self.n, self.k)
 
     @property
@@ -173,9 +174,7 @@ class Format(ABC):
                 out[name][rows].view(torch.uint8).copy_(plane.view(torch.uint8))
         return out | {p.name: params[p.name] for p in self.scale_planes}
 
-    def dequantize(
-        self, planes: Mapping[str, Tensor], n: int, k: int, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def dequantize(self, planes: Mapping[str, Tensor], n: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights `(n, k)` that the planes stand for, computed in fp32 and rounded once to `dtype`."""
         codes = self.element.unpack(planes, -(-k // self.element.vector))
         values = self.element.decode(codes, planes)[:, :k]
@@ -188,7 +187,7 @@ class Format(ABC):
     def code_planes(self) -> tuple[Plane, ...]:
         return self.planes[: len(self.element.code_planes)]
 
-    def effective_scale(self, planes: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int | None, int | None]]:
+    def effective_scale(self, planes: Mapping[str, Tensor]) -> tuple[Tensor, Tile]:
         """fp32 scale per tile of `scale`, outer scale and offset applied, and that tile `(n, k)`."""
         plane = self.plane("scale")
         scale = planes["scale"].float()
@@ -212,8 +211,9 @@ class Format(ABC):
             if p.name in planes:
                 size = (p.n, p.k)[dim]
                 t = planes[p.name]
-                whole = p.shape is not None or size is None
-                out[p.name] = t if whole else t.narrow(dim, start // size, -(-stop // size) - start // size)
+                if p.shape is None and size is not None:
+                    t = t.narrow(dim, start // size, -(-stop // size) - start // size)
+                out[p.name] = t
         return out
 
     # Internals -----------------------------------------------------------------------------------
@@ -231,8 +231,8 @@ class Format(ABC):
         return self.element.encode(x, params)
 
     @staticmethod
-    def _tiled(op: Callable[[Tensor, Tensor], Tensor], w: Tensor, s: Tensor, tile: tuple[int | None, int | None]) -> Tensor:
-        """`op(w, s)` with each element of `s` applied to its tile of `w (n, k)`; rows may also have one row of `s` each."""
+    def _tiled(op: Callable[[Tensor, Tensor], Tensor], w: Tensor, s: Tensor, tile: Tile) -> Tensor:
+        """`op(w, s)` with each element of `s` applied to its tile of `w (n, k)`, or to its row if it has n rows."""
         n, k = w.shape
         tn, tk = tile[0] or n, tile[1] or k
         if s.shape[0] not in (1, n):
@@ -245,7 +245,7 @@ class Format(ABC):
         return op(w, s.repeat_interleave(tk, dim=1)[:, :k])
 
 
-def tile_reduce(w: Tensor, tile: tuple[int | None, int | None], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def tile_reduce(w: Tensor, tile: Tile, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """Reduce each tile of `w (N, K)` to one number; partial tiles at the edges are padded with zeros.
 
     `reduce` maps `(tiles, elements)` to `(tiles,)`. Returns `(ceil(N/n), ceil(K/k))`, fp64 where `reduce` gives
@@ -261,7 +261,7 @@ def tile_reduce(w: Tensor, tile: tuple[int | None, int | None], reduce: Callable
     return out if out.dtype == torch.float64 else out.float()
 
 
-def tile_amax(w: Tensor, tile: tuple[int | None, int | None]) -> Tensor:
+def tile_amax(w: Tensor, tile: Tile) -> Tensor:
     """Largest magnitude of each tile, fp32, at most `LARGEST_WEIGHT`."""
     if w.numel() == 0:
         return tile_reduce(w, tile, lambda t: t.new_zeros(t.shape[0]))
