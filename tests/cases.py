@@ -37,7 +37,7 @@ def quantized(fmt: Format, n: int, k: int, dtype: torch.dtype = torch.float32, s
 
 def sqnr_db(signal: Tensor, got: Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB; infinite where nothing is lost."""
-    s, noise = signal.double(), signal.double() - got.double()
+    s, noise = signal.detach().double(), signal.detach().double() - got.detach().double()
     if not bool(noise.any()):
         return float("inf")
     return float(10 * torch.log10(s.square().sum() / noise.square().sum()))

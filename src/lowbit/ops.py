@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import Format, parse_format
-from lowbit.kernels import blocked
+from lowbit.kernels import blocked, convolution
+from lowbit.kernels.convolution import Convolution
 from lowbit.kernels.select import Problem, select
 
 _LIB = torch.library.Library("lowbit", "DEF")
@@ -29,6 +30,10 @@ _LIB.define("embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt
 _LIB.define(
     "conv2d(Tensor x, Tensor[] planes, Tensor? bias, str format, SymInt[] weight_shape, SymInt[] stride,"
     " SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor"
+)
+_LIB.define(
+    "conv2d_dgrad(Tensor grad, Tensor[] planes, SymInt[] input_shape, str format, SymInt[] weight_shape,"
+    " SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor"
 )
 _LIB.define("quantize_act(Tensor x, Tensor? act_scale, str act) -> Tensor[]")
 _LIB.define("dequantize(Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype) -> Tensor")
@@ -108,6 +113,9 @@ def _embedding(ids: Tensor, planes: list[Tensor], spec: str, n: int, k: int, dty
     """Rows `ids` of the table `(n, k)`: the rows' planes are gathered, then dequantized."""
     fmt = parse_format(spec)
     flat = ids.reshape(-1)
+    if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < n:
+        # On a GPU the gather below checks it without a synchronization.
+        raise IndexError(f"lowbit.embedding ({spec}): the table has {n} rows, ids go from {flat.min()} to {flat.max()}")
     rows = {}
     for p, t in zip(fmt.planes, planes, strict=True):
         if p.shape is None and p.n is not None:
@@ -122,35 +130,70 @@ def _embedding_fake(ids: Tensor, planes: list[Tensor], spec: str, n: int, k: int
     return ids.new_empty(*ids.shape, k, dtype=dtype)
 
 
+def _convolution(
+    x: Tensor, spec: str, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Convolution:  # fmt: skip
+    conv = Convolution(tuple(weight_shape), stride, padding, dilation, groups)
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"lowbit.conv2d ({spec}): the input must be bf16, fp16 or fp32, got {x.dtype}")
+    if groups < 1 or weight_shape[0] % groups:
+        raise ValueError(f"lowbit.conv2d ({spec}): {weight_shape[0]} output channels do not make {groups} groups")
+    if x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"lowbit.conv2d ({spec}): weight {tuple(weight_shape)} with groups = {groups} takes {conv.in_channels} "
+            f"input channels, got {x.shape[1]}"
+        )
+    return conv
+
+
 def _conv2d(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, weight_shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """Convolution with a weight `(N, C/groups, kh, kw)` stored as `(N, C/groups * kh * kw)`: blocks of output
-    channels are dequantized one after the other, never across two groups."""
-    fmt = parse_format(spec)
-    n, c, kh, kw = weight_shape
-    k, per_group = c * kh * kw, n // groups
-    named = dict(zip(fmt.plane_names, planes, strict=True))
-    outs = []
-    for g in range(groups):
-        xg = x[:, g * c : (g + 1) * c] if groups > 1 else x
-        for a in range(g * per_group, (g + 1) * per_group, step := max(1, blocked.BLOCK_ELEMENTS // k)):
-            b = min(a + step, (g + 1) * per_group)
-            # Rows are taken from whole tiles of the format, then cut to the channels of this block.
-            lo, hi = a // fmt.tile[0] * fmt.tile[0], min(-(-b // fmt.tile[0]) * fmt.tile[0], n)
-            w = fmt.dequantize(fmt.slice_planes(named, 0, lo, hi), hi - lo, k, x.dtype)[a - lo : b - lo]
-            outs.append(torch.conv2d(xg, w.view(b - a, c, kh, kw), None, stride, padding, dilation))
-    y = torch.cat(outs, dim=1)
-    return y if bias is None else y + bias.view(-1, 1, 1)
+    conv, fmt = _convolution(x, spec, weight_shape, stride, padding, dilation, groups), parse_format(spec)
+    if x.device != planes[0].device:
+        raise ValueError(f"lowbit.conv2d ({spec}): input on {x.device}, weight on {planes[0].device}")
+    return convolution.conv2d(x, dict(zip(fmt.plane_names, planes, strict=True)), bias, fmt, conv)
 
 
 def _conv2d_fake(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, weight_shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
+    _convolution(x, spec, weight_shape, stride, padding, dilation, groups)
     w = x.new_empty(weight_shape)
     return torch.conv2d(x, w, None, stride, padding, dilation, groups).contiguous()
+
+
+def _conv2d_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, planes, bias, *where = inputs
+    ctx.save_for_backward(*planes)
+    ctx.lowbit = (where, x.shape, bias is not None)
+
+
+def _conv2d_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    where, input_shape, has_bias = ctx.lowbit
+    planes, needs = list(ctx.saved_tensors), ctx.needs_input_grad
+    dx = torch.ops.lowbit.conv2d_dgrad(grad, planes, input_shape, *where) if needs[0] else None
+    dbias = grad.sum((0, 2, 3)) if has_bias and needs[2] else None
+    return dx, [None] * len(planes), dbias, *([None] * len(where))
+
+
+def _conv2d_dgrad(
+    grad: Tensor, planes: list[Tensor], input_shape: list[int], spec: str, weight_shape: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    fmt, conv = parse_format(spec), Convolution(tuple(weight_shape), stride, padding, dilation, groups)
+    named = dict(zip(fmt.plane_names, planes, strict=True))
+    return convolution.conv2d_dgrad(grad, named, fmt, conv, input_shape)
+
+
+def _conv2d_dgrad_fake(
+    grad: Tensor, planes: list[Tensor], input_shape: list[int], spec: str, weight_shape: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return grad.new_empty(input_shape)
 
 
 def _quantize_act(x: Tensor, act_scale: Tensor | None, act: str) -> list[Tensor]:
@@ -180,12 +223,14 @@ for _name, _impl, _fake in (
     ("linear_dgrad", _linear_dgrad, _linear_dgrad_fake),
     ("embedding", _embedding, _embedding_fake),
     ("conv2d", _conv2d, _conv2d_fake),
+    ("conv2d_dgrad", _conv2d_dgrad, _conv2d_dgrad_fake),
     ("quantize_act", _quantize_act, _quantize_act_fake),
     ("dequantize", _dequantize, _dequantize_fake),
 ):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIB)
 torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_linear_setup, lib=_LIB)
+torch.library.register_autograd("lowbit::conv2d", _conv2d_backward, setup_context=_conv2d_setup, lib=_LIB)
 
 linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
 linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default

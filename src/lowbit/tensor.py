@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from lowbit.formats.base import Format, Planes
 aten = torch.ops.aten
 _ATEN: dict[Any, Callable[..., Any]] = {}
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class QuantizedTensor(Tensor):
@@ -209,8 +210,8 @@ class QuantizedTensor(Tensor):
             )
 
 
-def _implements(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def add(f: Callable[..., Any]) -> Callable[..., Any]:
+def _implements(*funcs: Any) -> Callable[[Function], Function]:
+    def add(f: Function) -> Function:
         table = _ATEN if isinstance(funcs[0], torch._ops.OpOverload) else _FUNCTIONS
         for func in funcs:
             table[func] = f
@@ -268,6 +269,8 @@ def _f_conv2d(
         if padding == "same" and any(t % 2 for t in total):
             input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
         padding = [t // 2 for t in total] if padding == "same" else [0, 0]
+    if weight.dim() != 4 or input.dim() not in (3, 4):
+        raise ValueError(f"conv2d: takes a 4-D weight and a 3-D or 4-D input, got {weight!r} and {tuple(input.shape)}")
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     planes, spec = list(weight.planes.values()), weight.format.spec
     y = ops.conv2d(batched, planes, bias, spec, weight.shape, two(stride), two(padding), two(dilation), groups)
@@ -323,6 +326,14 @@ def _a_transpose(func: Any, w: QuantizedTensor, dim0: int, dim1: int) -> Quantiz
     if w.dim() != 2:
         raise NotImplementedError(f"transpose of {w!r}: only 2-D weights have a transposed view")
     return w if dim0 % 2 == dim1 % 2 else _a_t(func, w)
+
+
+@_implements(aten.permute.default)
+def _a_permute(func: Any, w: QuantizedTensor, dims: list[int]) -> QuantizedTensor:
+    order = [d % w.dim() for d in dims]
+    if order == list(range(w.dim())):
+        return w.with_planes(w.planes)
+    return _a_transpose(func, w, 0, 1)
 
 
 @_implements(aten.detach.default, aten.alias.default)
