@@ -1,0 +1,1 @@
+"""What runs models and measures them: imported by the command line and by users, never by the library itself."""

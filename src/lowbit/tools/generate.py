@@ -1,0 +1,162 @@
+"""Text generation with a static KV cache, and honest times for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.models.llama import KVCache, Llama
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What was generated and how long it took.
+
+    Attributes:
+        ids: `(B, prompt + new)` prompt and generated tokens; a sequence that ended early is filled up with its end
+            token.
+        prompt_tokens: length of the prompt.
+        new_tokens: steps taken, the same for all sequences.
+        prefill_seconds: until the logits of the first new token.
+        decode_seconds: all steps after the first token.
+        cache_bytes: size of the KV cache.
+    """
+
+    ids: Tensor
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed over the whole batch; NaN where a single token was generated."""
+        steps = self.new_tokens - 1
+        return self.ids.shape[0] * steps / self.decode_seconds if steps > 0 else float("nan")
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Speed of reading the prompts, over the whole batch."""
+        return self.ids.shape[0] * self.prompt_tokens / self.prefill_seconds
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_ids: Sequence[int] = (),
+    on_token: Callable[[Tensor], None] | None = None,
+    warmup: bool = False,
+) -> GenerateResult:
+    """Continue the prompts `ids (B, T)`, all of the same length, until all have ended or the limit is reached.
+
+    Args:
+        temperature: 0 takes the most likely token; above, tokens are drawn from `softmax(logits / temperature)`.
+        top_k: draw from the k most likely tokens only.
+        top_p: draw from the fewest most likely tokens that together have at least this probability (Holtzman et al.,
+            "The Curious Case of Neural Text Degeneration", 2019). Applied after `top_k`.
+        seed: of the random draws; the same seed on the same device gives the same text.
+        eos_ids: tokens that end a sequence; a `Tokenizer` knows them.
+        on_token: called after each step with the new tokens `(B,)`, for streaming; its time counts.
+        warmup: run the prompt and one step before the clock starts, so that one-time costs (loading kernels, packing)
+            are not counted as speed.
+
+    Raises:
+        ValueError: an empty prompt, a sampling argument out of range, or prompt and limit exceed the model's context.
+    """
+    _check(model, ids, max_new_tokens, temperature, top_k, top_p)
+    device = model.model.norm.weight.device
+    ids = ids.to(device)
+    batch, length = ids.shape
+    cache = model.new_cache(batch, length + max_new_tokens)
+    random = torch.Generator(device).manual_seed(seed)
+    ends = torch.tensor(list(eos_ids), dtype=ids.dtype, device=device)
+    if warmup:
+        _warm_up(model, ids, cache)
+
+    started = _now(device)
+    logits = model(ids, cache, 0, last_only=True)[:, -1]
+    prefilled = _now(device)
+    tokens: list[Tensor] = []
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    while True:
+        token = choose(logits.float(), temperature, top_k, top_p, random).to(ids.dtype)
+        if len(ends):
+            token = torch.where(ended, ends[0], token)
+            ended |= torch.isin(token, ends)
+        tokens.append(token)
+        if on_token is not None:
+            on_token(token)
+        if len(tokens) == max_new_tokens or (len(ends) and bool(ended.all())):
+            break
+        logits = model(token[:, None], cache, length + len(tokens) - 1)[:, -1]
+    decoded = _now(device)
+    return GenerateResult(
+        ids=torch.cat((ids, torch.stack(tokens, dim=1)), dim=1),
+        prompt_tokens=length,
+        new_tokens=len(tokens),
+        prefill_seconds=prefilled - started,
+        decode_seconds=decoded - prefilled,
+        cache_bytes=cache.nbytes,
+    )
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
+) -> Tensor:
+    """One token `(B,)` per row of fp32 `logits (B, V)`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        sorted_p, order = probabilities.sort(descending=True)
+        before = sorted_p.cumsum(-1) - sorted_p  # a token stays while those before it do not reach top_p
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, sorted_p.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probabilities, 1, generator=random).squeeze(-1)
+
+
+def _warm_up(model: Llama, ids: Tensor, cache: KVCache) -> None:
+    """The run that follows overwrites what this leaves in the cache."""
+    model(ids, cache, 0, last_only=True)
+    model(ids[:, :1], cache, ids.shape[1])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _check(
+    model: Llama, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"generate: ids must be (batch, tokens) with at least one token, got shape {tuple(ids.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+    if (total := ids.shape[1] + max_new_tokens) > (limit := model.config.max_positions):
+        raise ValueError(
+            f"generate: {ids.shape[1]} prompt tokens and {max_new_tokens} new ones make {total}, more than the model's "
+            f"context of {limit}; shorten the prompt or lower max_new_tokens"
+        )
+    if temperature < 0:
+        raise ValueError(f"generate: temperature must be 0 (greedy) or above, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}")
