@@ -30,6 +30,7 @@ class QuantizedTensor(Tensor):
     """A weight `(N, K)` (or `(N, C, kh, kw)`, stored as `(N, C*kh*kw)`) held as the planes of a format.
 
     Attributes:
+        out_features, in_features: N and K; K is everything after the first dimension.
         format: what the planes mean.
         act: how a linear layer quantizes its input, or None (weight-only).
         act_scale: fp32 `(1, 1)` calibrated scale of a static activation, or None.
@@ -38,6 +39,9 @@ class QuantizedTensor(Tensor):
     Every plane is also an attribute under its own name (`qdata`, `scale`, ...).
     """
 
+    # Kept beside `shape`, which costs a trip through __torch_function__ on every read.
+    out_features: int
+    in_features: int
     format: Format
     act: Activation | None
     act_scale: Tensor | None
@@ -64,6 +68,8 @@ class QuantizedTensor(Tensor):
         )
         for name in format.plane_names:
             setattr(self, name, planes[name])
+        self.out_features = shape[0]
+        self.in_features = math.prod(shape[1:])
         self.format = format
         self.act = act
         self.act_scale = act_scale
@@ -98,15 +104,6 @@ class QuantizedTensor(Tensor):
     def planes(self) -> Planes:
         """The stored tensors by name, in the format's order."""
         return {name: getattr(self, name) for name in self.format.plane_names}
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[1] if self.transposed else self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """K: everything after the first dimension."""
-        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
 
     @property
     def act_spec(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lowbit.formats.activation import Activation
 from lowbit.formats.base import Format
 from lowbit.kernels.select import Problem
 
@@ -20,19 +21,22 @@ def row_blocks(fmt: Format, n: int, k: int, elements: int = BLOCK_ELEMENTS) -> I
     return ((i, min(i + step, n)) for i in range(0, n, step))
 
 
+def split_input(x: Tensor, act: Activation | None, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The fp32 operand `(M, K)` that meets the weights, and the row scale of a quantized activation."""
+    if act is None:
+        return x.float(), None
+    if act.grouped:
+        return act.format.dequantize(act.quantize(x), *x.shape), None
+    operand, row_scale = act.split(x, act_scale)
+    return operand.float(), row_scale
+
+
 def blocked(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
     """`x (M, K)` times the weight `(N, K)` in fp32, one block of rows of the weight at a time."""
-    fmt, act, (m, k), n = problem.weight, problem.activation, x.shape, problem.n
-    row_scale = None
-    if act is None:
-        operand = x.float()
-    elif act.grouped:
-        operand = act.format.dequantize(act.quantize(x), m, k)
-    else:
-        operand, row_scale = act.split(x, act_scale)
-        operand = operand.float()
+    fmt, (m, k), n = problem.weight, x.shape, problem.n
+    operand, row_scale = split_input(x, problem.activation, act_scale)
     y = torch.empty(m, n, dtype=torch.float32, device=x.device)
     for start, stop in row_blocks(fmt, n, k):
         w = fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)

@@ -120,6 +120,8 @@ def _eight_bit(p: Problem) -> str | None:
             return f"the {side} has zero points"
         if fmt.plane("scale").k is not None or fmt.plane("scale").n not in (None, 1):
             return f"the {side}'s scales are not per row or per tensor"
+        if fmt.has("outer_scale") or fmt.has("scale_offset"):
+            return f"the {side} has two levels of scales"
     if act.format.element != w.element:
         return "activation and weight have different elements"
     return None
@@ -140,10 +142,16 @@ def _scaled_mm(p: Problem) -> str | None:
     return None
 
 
-def _triton_int8(p: Problem) -> str | None:
-    return _eight_bit(p) or (
-        "only int8 x int8" if p.weight.planes[0].dtype != torch.int8 else _triton(p)
-    )
+def _triton_scaled_mm(p: Problem) -> str | None:
+    reason = _eight_bit(p)
+    if reason:
+        return reason
+    if p.weight.planes[0].dtype == torch.int8:
+        if p.k >= 1 << 17:
+            return f"its int32 sums can overflow from K = 131072, got {p.k}"
+    elif p.arch is None or p.arch < (8, 9):
+        return "matrix units multiply float8 from compute capability 8.9"
+    return _triton(p)
 
 
 def _cpu_int8(p: Problem) -> str | None:
@@ -160,12 +168,19 @@ def _cpu_int8(p: Problem) -> str | None:
     return None
 
 
+def _native(p: Problem) -> str | None:
+    from lowbit.kernels.cpu import native  # late: importing lowbit must not look for a compiler
+
+    return native.missing()
+
+
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
-    Kernel("triton_int8_mm", "cuda", "triton.scaled_mm:int8_mm", _triton_int8),
+    Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
     Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _chunked),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),
+    Kernel("cpu_native", "cpu", "cpu.native:native", _native),
     Kernel("torch_blocked", None, "blocked:blocked", _accept),
     Kernel("reference", None, "reference:reference", _accept, by_name_only=True),
 )

@@ -1,0 +1,292 @@
+/* Weights of any format, decoded and multiplied while they are in registers and L1.
+
+   A row of codes becomes fp32 levels through a table (one entry per byte of codes where a byte holds whole codes, one
+   per code otherwise), is scaled group by group, and meets the activations. Nothing here knows a format's name: the
+   caller describes planes, table and scales with `struct weight`.
+
+   Compiled once per machine by the C compiler found there; without one, lowbit uses PyTorch ops instead. */
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define MAX_PLANES 3
+
+struct weight {
+    int64_t n, k;                 /* rows and columns of the weight */
+    int64_t planes;               /* code planes, low bits first */
+    const uint8_t *codes[MAX_PLANES];
+    int64_t width[MAX_PLANES];    /* bits per code in each plane */
+    int64_t stride[MAX_PLANES];   /* bytes per row */
+    int64_t vector;               /* weights per code */
+    int64_t by_byte;              /* 1: `table` has 256 entries of one byte's weights; 0: one entry per code */
+    const float *table;           /* null: codes are signed bytes */
+    int64_t float_shift;          /* 8-bit floats: a code's magnitude shifted by this is an fp16 ... */
+    float float_scale;            /* ... which times this is the level; 0 where codes are no floats */
+    const float *levels;          /* the level of each code, whether `table` is by byte or not */
+    const void *scale;            /* (rows of tiles, columns of tiles) */
+    int64_t scale_kind;           /* 0: fp32, 1: bf16, 2: one byte through scale_table */
+    const float *scale_table;
+    int64_t scale_n, scale_k;     /* weights per scale along each axis; 0: all of them */
+    int64_t scale_columns;
+    const float *outer;           /* multiplies the scale, or null */
+    int64_t outer_k, outer_columns;
+    const float *offset;          /* added to the scale, or null */
+    const uint8_t *zero;          /* zero points, tiled like the scale, or null */
+};
+
+static inline float bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* Scale and zero point of each group of one row. */
+static void row_scales(const struct weight *w, int64_t row, float *restrict scale, float *restrict zero) {
+    int64_t columns = w->scale_columns, at = (w->scale_n ? row / w->scale_n : 0) * columns;
+    for (int64_t c = 0; c < columns; c++)
+        scale[c] = w->scale_kind == 0   ? ((const float *)w->scale)[at + c]
+                   : w->scale_kind == 1 ? bf16(((const uint16_t *)w->scale)[at + c])
+                                        : w->scale_table[((const uint8_t *)w->scale)[at + c]];
+    if (w->outer && !w->outer_k)
+        for (int64_t c = 0; c < columns; c++) scale[c] *= w->outer[0];
+    if (w->outer && w->outer_k)
+        for (int64_t c = 0, per = w->outer_k / w->scale_k; c < columns; c++)
+            scale[c] *= w->outer[row * w->outer_columns + c / per];
+    if (w->offset)
+        for (int64_t c = 0; c < columns; c++) scale[c] += w->offset[0];
+    for (int64_t c = 0; c < columns; c++) zero[c] = w->zero ? w->zero[at + c] : 0;
+}
+
+/* spread[width / 2][byte]: the 8 / width codes of a byte, one per byte of the word. */
+static uint64_t spread[3][256];
+
+__attribute__((constructor)) static void fill_spread(void) {
+    for (int width = 1; width <= 4; width *= 2)
+        for (int byte = 0; byte < 256; byte++)
+            for (int i = 0; i < 8 / width; i++)
+                spread[width / 2][byte] |= (uint64_t)(byte >> (i * width) & ((1 << width) - 1)) << (8 * i);
+}
+
+/* Eight codes of `width` bits, one per byte of the result. */
+static inline uint64_t eight_codes(const uint8_t *bytes, int width) {
+    uint64_t eight = 0;
+    for (int i = 0; i < width; i++) eight |= spread[width / 2][bytes[i]] << (i * 64 / width);
+    return eight;
+}
+
+#ifdef __AVX512F__
+/* Sixteen codes below 16, one per byte, to their entries of a 16-entry table. */
+static inline void lookup16(__m128i codes, __m512 table, float *level) {
+    _mm512_storeu_ps(level, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table));
+}
+typedef __m512 table16;
+static inline table16 load_table16(const float *t) { return _mm512_loadu_ps(t); }
+#elif defined(__AVX2__)
+typedef struct { __m256 low, high; } table16;
+static inline table16 load_table16(const float *t) { return (table16){_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8)}; }
+static inline void lookup16(__m128i codes, table16 table, float *level) {
+    for (int half = 0; half < 2; half++, codes = _mm_srli_si128(codes, 8)) {
+        __m256i i = _mm256_cvtepu8_epi32(codes);
+        __m256 low = _mm256_permutevar8x32_ps(table.low, i), high = _mm256_permutevar8x32_ps(table.high, i);
+        /* Bit 3 of the code picks the half of the table; blendv looks at the sign bit. */
+        __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+        _mm256_storeu_ps(level + 8 * half, _mm256_blendv_ps(low, high, pick));
+    }
+}
+#endif
+
+#ifdef __AVX2__
+/* 4-bit codes, 32 at a time; returns how many bytes were done. */
+static int64_t nibbles(const uint8_t *p, int64_t bytes, const float *table, float *restrict level) {
+    table16 t = load_table16(table);
+    __m128i mask = _mm_set1_epi8(15);
+    int64_t i = 0;
+    for (; i + 16 <= bytes; i += 16) {
+        __m128i b = _mm_loadu_si128((const __m128i *)(p + i));
+        __m128i low = _mm_and_si128(b, mask), high = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
+        lookup16(_mm_unpacklo_epi8(low, high), t, level + 2 * i);
+        lookup16(_mm_unpackhi_epi8(low, high), t, level + 2 * i + 16);
+    }
+    return i;
+}
+#endif
+
+#ifdef __F16C__
+/* 8-bit floats; an fp16 holds each of them up to a power of two, subnormals included. Writes up to 7 levels more. */
+static void floats(const uint8_t *p, int64_t bytes, int shift, float scale, float *restrict level) {
+    __m128i sign = _mm_set1_epi16(0x80), magnitude = _mm_set1_epi16(0x7f);
+    __m256 power = _mm256_set1_ps(scale);
+    for (int64_t i = 0; i < bytes; i += 8) {
+        uint64_t eight = 0;
+        if (i + 8 <= bytes) memcpy(&eight, p + i, 8);
+        else for (int64_t j = i; j < bytes; j++) eight |= (uint64_t)p[j] << (8 * (j - i));
+        __m128i c = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((long long)eight));
+        __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(c, sign), 8),
+                                    _mm_slli_epi16(_mm_and_si128(c, magnitude), shift));
+        _mm256_storeu_ps(level + i, _mm256_mul_ps(_mm256_cvtph_ps(half), power));
+    }
+}
+#endif
+
+/* Codes whose bits lie in planes of `a`, `b` and `c` bits (0: no such plane), low bits first, eight at a time. */
+static inline __attribute__((always_inline)) void split(int a, int b, int c, const uint8_t **p, int64_t eights,
+                                                        int64_t vector, const float *t, float *restrict level) {
+    for (int64_t e = 0; e < eights; e++) {
+        uint64_t eight = eight_codes(p[0] + e * a, a) | eight_codes(p[1] + e * b, b) << a;
+        if (c) eight |= eight_codes(p[2] + e * c, c) << (a + b);
+        if (vector > 1) {
+            for (int i = 0; i < 8; i++)
+                for (int64_t v = 0; v < vector; v++) level[(e * 8 + i) * vector + v] = t[(uint8_t)(eight >> 8 * i) * vector + v];
+            continue;
+        }
+#ifdef __AVX2__
+        __m256i i = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)eight));
+        __m256 v = a + b + c == 3 ? _mm256_permutevar8x32_ps(_mm256_loadu_ps(t), i) : _mm256_i32gather_ps(t, i, 4);
+        _mm256_storeu_ps(level + 8 * e, v);
+#else
+        for (int i = 0; i < 8; i++) level[8 * e + i] = t[(uint8_t)(eight >> 8 * i)];
+#endif
+    }
+}
+
+static void split_codes(const struct weight *w, const uint8_t **p, int64_t eights, const float *t, float *level) {
+    if (w->planes == 3) split(4, 2, 1, p, eights, w->vector, t, level);
+    else if (w->width[0] == 2) split(2, 1, 0, p, eights, w->vector, t, level);
+    else if (w->width[1] == 1) split(4, 1, 0, p, eights, w->vector, t, level);
+    else split(4, 2, 0, p, eights, w->vector, t, level);
+}
+
+/* Levels of one row; `level` has room for k rounded up to 16. */
+static void row_levels(const struct weight *w, int64_t row, float *restrict level) {
+    const uint8_t *p = w->codes[0] + row * w->stride[0];
+    const float *t = w->table;
+    if (w->by_byte) {
+        int64_t bytes = w->stride[0];
+        switch (8 / w->width[0] * w->vector) {
+        case 1:
+#ifdef __F16C__
+            if (w->float_scale != 0) {
+                floats(p, bytes, (int)w->float_shift, w->float_scale, level);
+                return;
+            }
+#endif
+            if (t) for (int64_t i = 0; i < bytes; i++) level[i] = t[p[i]];
+            else for (int64_t i = 0; i < bytes; i++) level[i] = (int8_t)p[i];
+            return;
+        case 2: {
+            int64_t i = 0;
+#ifdef __AVX2__
+            if (w->width[0] == 4) i = nibbles(p, bytes, w->levels, level);
+#endif
+            for (; i < bytes; i++) memcpy(level + 2 * i, t + 2 * p[i], 8);
+            return;
+        }
+        case 4:
+            for (int64_t i = 0; i < bytes; i++) memcpy(level + 4 * i, t + 4 * p[i], 16);
+            return;
+        default:
+            for (int64_t i = 0; i < bytes; i++) memcpy(level + 8 * i, t + 8 * p[i], 32);
+            return;
+        }
+    }
+    const uint8_t *planes[MAX_PLANES];
+    for (int64_t q = 0; q < w->planes; q++) planes[q] = w->codes[q] + row * w->stride[q];
+    int64_t codes = (w->k + w->vector - 1) / w->vector, whole = codes / 8;
+    split_codes(w, planes, whole, t, level);
+    if (codes % 8) { /* the last bytes of the row, with zeros after them */
+        uint8_t rest[MAX_PLANES][8] = {{0}};
+        float last[8 * 8];
+        for (int64_t q = 0; q < w->planes; q++)
+            for (int64_t i = whole * w->width[q]; i < w->stride[q]; i++) rest[q][i - whole * w->width[q]] = planes[q][i];
+        for (int64_t q = 0; q < w->planes; q++) planes[q] = rest[q];
+        split_codes(w, planes, 1, t, last);
+        for (int64_t i = whole * 8 * w->vector; i < w->k; i++) level[i] = last[i - whole * 8 * w->vector];
+    }
+}
+
+/* Scratch of one thread: levels, then scales, then zero points of a row. */
+static inline float *scales_of(const struct weight *w, float *scratch) { return scratch + w->k + 16; }
+
+static inline int64_t group_of(const struct weight *w) { return w->scale_k ? w->scale_k : w->k; }
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* One row of weights into the start of `scratch`. */
+static void decode_row(const struct weight *w, int64_t row, float *scratch) {
+    float *restrict level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns;
+    row_levels(w, row, level);
+    row_scales(w, row, scale, zero);
+    int64_t group = group_of(w);
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
+        float s = scale[c], z = zero[c];
+        for (int64_t i = a; i < least(a + group, w->k); i++) level[i] = (level[i] - z) * s;
+    }
+}
+
+typedef float v16 __attribute__((vector_size(64)));
+
+static inline v16 load16(const float *p) {
+    v16 v;
+    memcpy(&v, p, 64);
+    return v;
+}
+
+/* The product of one row with one token, weights scaled on the way. */
+static float row_dot(const struct weight *w, int64_t row, const float *restrict x, float *scratch) {
+    float *restrict level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns, total = 0;
+    row_levels(w, row, level);
+    row_scales(w, row, scale, zero);
+    int64_t group = group_of(w);
+    v16 sum = {0};
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
+        float s = scale[c], z = zero[c];
+        int64_t i = a, b = least(a + group, w->k);
+        for (; i + 16 <= b; i += 16) sum += (load16(level + i) - z) * (load16(x + i) * s);
+        for (; i < b; i++) total += (level[i] - z) * (x[i] * s);
+    }
+    for (int i = 0; i < 16; i++) total += sum[i];
+    return total;
+}
+
+static float dot(const float *restrict a, const float *restrict b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* y (m, n) = x (m, k) W^T on `threads` threads, each with `size` floats of scratch. */
+void lowbit_linear(const struct weight *w, int64_t m, const float *x, float *y, float *scratch, int64_t size,
+                   int64_t threads) {
+    int64_t step = (w->n + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t t = 0; t < threads; t++) {
+        float *mine = scratch + t * size;
+        for (int64_t row = t * step; row < least((t + 1) * step, w->n); row++) {
+            if (m == 1) {
+                y[row] = row_dot(w, row, x, mine);
+                continue;
+            }
+            decode_row(w, row, mine);
+            for (int64_t i = 0; i < m; i++) y[i * w->n + row] = dot(x + i * w->k, mine, w->k);
+        }
+    }
+}
+
+/* Rows [start, stop) of the weight in fp32 to `out`, whose rows are k apart. */
+void lowbit_dequantize(const struct weight *w, int64_t start, int64_t stop, float *out, float *scratch, int64_t size,
+                       int64_t threads) {
+    int64_t step = (stop - start + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t t = 0; t < threads; t++) {
+        float *mine = scratch + t * size;
+        for (int64_t row = start + t * step; row < least(start + (t + 1) * step, stop); row++) {
+            decode_row(w, row, mine);
+            memcpy(out + (row - start) * w->k, mine, (size_t)w->k * 4);
+        }
+    }
+}

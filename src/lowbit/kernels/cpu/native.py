@@ -1,0 +1,194 @@
+"""Fused CPU matmul for every format: native.c, compiled once by the machine's C compiler and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.cache import cache_dir
+from lowbit.formats.base import Format
+from lowbit.formats.elements import Element, FloatElement, IntElement
+from lowbit.kernels.blocked import row_blocks, split_input
+from lowbit.kernels.select import Problem
+
+# No contraction to fused multiply-adds in the decoder: weights come out bit-equal to `Format.dequantize`.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-std=c11")
+# Up to this many tokens a decoded row is used at once; above, blocks of rows are decoded for a matrix product.
+MAX_FUSED_TOKENS = 8
+# fp32 weights of a decoded block: small enough for the L2 caches, large enough to keep every thread busy.
+BLOCK_ELEMENTS = 1 << 19
+
+
+class _Weight(ctypes.Structure):
+    """`struct weight` of native.c, field by field."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("planes", ctypes.c_int64),
+        ("codes", ctypes.c_void_p * 3), ("width", ctypes.c_int64 * 3), ("stride", ctypes.c_int64 * 3),
+        ("vector", ctypes.c_int64), ("by_byte", ctypes.c_int64), ("table", ctypes.c_void_p),
+        ("float_shift", ctypes.c_int64), ("float_scale", ctypes.c_float), ("levels", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p), ("scale_kind", ctypes.c_int64), ("scale_table", ctypes.c_void_p),
+        ("scale_n", ctypes.c_int64), ("scale_k", ctypes.c_int64), ("scale_columns", ctypes.c_int64),
+        ("outer", ctypes.c_void_p), ("outer_k", ctypes.c_int64), ("outer_columns", ctypes.c_int64),
+        ("offset", ctypes.c_void_p), ("zero", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def missing() -> str | None:
+    """Why native code cannot be used here, or None. Compiles it at the first call (about a second, then cached)."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    if os.environ.get("LOWBIT_NATIVE") == "0":
+        return "switched off by LOWBIT_NATIVE=0"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        return "no C compiler (cc, gcc, clang) was found"
+    try:
+        library = ctypes.CDLL(str(_compile(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return f"{compiler} could not build native.c: {str(detail).strip().splitlines()[-1]}"
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.lowbit_linear.argtypes = (pointer, integer, pointer, pointer, pointer, integer, integer)
+    library.lowbit_dequantize.argtypes = (pointer, integer, integer, pointer, pointer, integer, integer)
+    library.lowbit_linear.restype = library.lowbit_dequantize.restype = None
+    return library
+
+
+def _compile(compiler: str) -> Path:
+    """The shared library in the cache; built beside it and renamed, so that processes never see half of one."""
+    source = resources.files("lowbit.kernels.cpu").joinpath("native.c").read_text()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = hashlib.sha256("\0".join((source, *FLAGS, version, _cpu())).encode()).hexdigest()[:24]
+    target = cache_dir("native") / f"{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            code, built = Path(scratch, "native.c"), Path(scratch, "native.so")
+            code.write_text(source)
+            command = [compiler, *FLAGS, "-o", str(built), str(code)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            os.replace(built, target)
+    return target
+
+
+def _cpu() -> str:
+    """What -march=native depends on: caches are shared between machines that share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    except OSError:
+        return platform.processor() + platform.machine()
+
+
+def native(
+    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
+) -> Tensor:
+    """`x (M, K)` times the weight `(N, K)` with fp32 arithmetic; at most one block of rows is ever decoded."""
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    operand, row_scale = split_input(x, problem.activation, act_scale)
+    (m, k), n, threads = x.shape, problem.n, torch.get_num_threads()
+    y = torch.empty(m, n)
+    weight, keep = _describe(problem.weight, planes, n, k)
+    size = k + 16 + 2 * planes["scale"].shape[1]
+    scratch = torch.empty(threads * size)
+    pool = (scratch.data_ptr(), size, threads)
+    if m <= MAX_FUSED_TOKENS:
+        library.lowbit_linear(ctypes.byref(weight), m, operand.data_ptr(), y.data_ptr(), *pool)
+    else:
+        for start, stop in row_blocks(problem.weight, n, k, BLOCK_ELEMENTS):
+            w = torch.empty(stop - start, k)
+            library.lowbit_dequantize(ctypes.byref(weight), start, stop, w.data_ptr(), *pool)
+            torch.mm(operand, w.T, out=y[:, start:stop])
+    del keep
+    if row_scale is not None:
+        y *= row_scale
+    if bias is not None:
+        y += bias
+    return y.to(problem.dtype)
+
+
+def _describe(fmt: Format, planes: Mapping[str, Tensor], n: int, k: int) -> tuple[_Weight, list[Tensor]]:
+    """The C description of a weight, and the tensors that must live as long as it is used."""
+    keep: list[Tensor] = []
+
+    def address(t: Tensor | None) -> int | None:
+        if t is None:
+            return None
+        keep.append(t.contiguous())
+        return keep[-1].data_ptr()
+
+    w = _Weight(n=n, k=k, planes=len(fmt.code_planes), vector=fmt.element.vector)
+    for i, (name, width, _) in enumerate(fmt.element.code_planes):
+        w.codes[i], w.width[i] = address(planes[name]), width
+        w.stride[i] = keep[-1].shape[1]
+    w.by_byte = int(len(fmt.code_planes) == 1)
+    if "codebook" in planes:
+        levels = planes["codebook"].float()
+        w.levels = address(levels)
+        w.table = address(_by_byte(fmt.element, levels)) if w.by_byte else w.levels
+    elif not _converted(fmt.element):
+        levels, table = _fixed_tables(fmt.element)
+        w.levels = address(levels)
+        w.table = address(table) if w.by_byte else w.levels
+    if isinstance(fmt.element, FloatElement) and fmt.element.bits == 8:
+        w.float_shift, w.float_scale = 10 - fmt.element.mantissa_bits, 2.0 ** (15 - fmt.element.bias)
+    scale, plane = planes["scale"], fmt.plane("scale")
+    if scale.dtype == torch.bfloat16:
+        w.scale_kind = 1
+    elif scale.dtype.itemsize == 1:
+        w.scale_kind, w.scale_table = 2, address(_byte_values(scale.dtype))
+    w.scale = address(scale if w.scale_kind else scale.float())
+    w.scale_n, w.scale_k, w.scale_columns = plane.n or 0, plane.k or 0, scale.shape[1]
+    if "outer_scale" in planes:
+        w.outer, outer = address(planes["outer_scale"]), fmt.plane("outer_scale")
+        w.outer_k, w.outer_columns = outer.k or 0, planes["outer_scale"].shape[1]
+    w.offset = address(planes.get("scale_offset"))
+    w.zero = address(planes.get("zero_point"))
+    return w, keep
+
+
+@cache
+def _byte_values(dtype: torch.dtype) -> Tensor:
+    """The value of each of the 256 bytes read as `dtype`."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def _converted(element: Element) -> bool:
+    """Whether codes are signed bytes that are converted, not looked up."""
+    return isinstance(element, IntElement) and element.bits == 8 and element.symmetric
+
+
+@cache
+def _fixed_tables(element: Element) -> tuple[Tensor, Tensor]:
+    """The level of every code, and the levels of every byte, of an element without a codebook."""
+    levels = element.decode(torch.arange(1 << element.bits, dtype=torch.uint8).unsqueeze(1), {}).flatten()
+    return levels, _by_byte(element, levels) if len(element.code_planes) == 1 else levels
+
+
+def _by_byte(element: Element, levels: Tensor) -> Tensor:
+    """The weights of every byte, `(256, 8 / bits * vector)`: what a byte of whole codes decodes to."""
+    return levels.reshape(-1, element.vector)[_byte_codes(element.bits)].flatten(1)
+
+
+@cache
+def _byte_codes(width: int) -> Tensor:
+    """The codes `(256, 8 / width)` packed in each byte, first weight first."""
+    byte = torch.arange(256).unsqueeze(1)
+    return (byte >> torch.arange(0, 8, width)) & ((1 << width) - 1)

@@ -1,0 +1,34 @@
+"""What every launch shares: compile options and the right device."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Products and sums round one after the other, as in the definitions of the formats.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels start on the current device; make it the one that holds `t`."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere (the interpreter runs programs one by one)."""
+    return _count(device.index or 0) if device.type == "cuda" else 1
+
+
+@cache
+def _count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def has_native_e4m3(device: torch.device) -> bool:
+    """Whether the GPU converts and multiplies float8_e4m3 itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
