@@ -56,5 +56,5 @@ class NVFP4Format(Format):
             top = amax.amax().reshape(1, 1) if amax.numel() else amax.new_zeros(1, 1)
             outer_scale = safe_scale(divide(top, E4M3.max * E2M1.max))
         scale = (divide(amax, E2M1.max) / outer_scale).clamp(E4M3.min_subnormal, E4M3.max)
-        scale = torch.where(amax > 0, scale, torch.ones_like(scale))
+        scale = torch.where(amax == 0, torch.ones_like(scale), scale)  # NaN stays NaN
         return {"scale": scale.to(torch.float8_e4m3fn), "outer_scale": outer_scale}

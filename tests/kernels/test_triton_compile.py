@@ -1,0 +1,135 @@
+"""Every Triton kernel compiles for Ampere and Hopper, for every registered format, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import FORMATS
+
+pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not compiled by these tests")
+
+from triton_compile import Launch, launches_of
+
+from lowbit.formats import Format, parse_format
+from lowbit.formats.activation import parse_activation
+from lowbit.kernels.triton import act_quant, dequant, scaled_mm, weight_only
+
+MODULES = [act_quant, dequant, scaled_mm, weight_only]
+# Shared memory that one block can have: A100, and H100.
+SHARED = {80: 163 << 10, 90: 227 << 10}
+ACTIVATIONS = (
+    "float8_e4m3:row", "float8_e4m3:tensor", "float8_e5m2:row", "int8:row", "int8:row:asym", "int8:tensor@static",
+    "float8_e4m3:g128", "int8:g32", "mxfp8_e4m3", "mxfp4:rceil", "nvfp4", "nvfp4@static",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _many_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations as on an H100, splits along K included."""
+    monkeypatch.setattr(weight_only, "multiprocessors", lambda device: 132)
+
+
+def empty_planes(fmt: Format, n: int, k: int) -> dict[str, torch.Tensor]:
+    return {p.name: torch.empty(p.shape_for(n, k), dtype=p.dtype) for p in fmt.planes}
+
+
+def compile_all(launches: list[Launch], arch: int) -> list[Any]:
+    """Compiles each different launch; every one must fit the shared memory of a block."""
+    compiled = [launch.compile(arch) for launch in {launch.key: launch for launch in launches}.values()]
+    for c in compiled:
+        assert c.metadata.shared <= SHARED[arch], f"{c.metadata.name} takes {c.metadata.shared} bytes of shared memory"
+    return compiled
+
+
+def different(fmts: tuple[Format, ...]) -> list[Format]:
+    """One format for each set of compile-time constants."""
+    seen: dict[Any, Format] = {}
+    for fmt in fmts:
+        seen.setdefault((weight_only.constants(fmt, 64)["L"], tuple(p.dtype for p in fmt.planes)), fmt)
+    return list(seen.values())
+
+
+FIRST = {"int4:g128", "int3:g64", "nf4:g64:dq", "mxfp4", "codebook4v2:g64", "float8_e4m3:b128x128", "int2:g32:asym"}
+each = pytest.mark.parametrize(
+    "fmt", [pytest.param(f, id=str(f), marks=() if f.spec in FIRST else pytest.mark.slow) for f in different(FORMATS)]
+)
+each_arch = pytest.mark.parametrize("arch", [80, 90])
+
+
+@each_arch
+@each
+def test_weight_only_compiles(fmt: Format, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = k = 4096
+    launches = []
+    for m in (1, 128):
+        x = torch.empty(m, k, dtype=torch.bfloat16)
+        launches += launches_of(
+            monkeypatch, MODULES, lambda x=x: weight_only.matmul(x, empty_planes(fmt, n, k), fmt, n, None, x.dtype)
+        )
+    compiled = compile_all(launches, arch)
+    assert any(("wgmma" if arch == 90 else "mma.sync") in c.asm["ptx"] for c in compiled), "no matrix instruction"
+
+
+@each_arch
+@each
+def test_dequantize_compiles(fmt: Format, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 256, 4096
+    out = torch.empty(n, k, dtype=torch.bfloat16)
+    planes = empty_planes(fmt, n, k)
+    compile_all(
+        launches_of(monkeypatch, MODULES, lambda: dequant.dequantize_into(out, planes, fmt, k, (0, n), (0, k))), arch
+    )
+
+
+@each_arch
+def test_odd_shapes_and_other_dtypes_compile(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing divisible by anything, bias, row scales and grouped activations, fp32 and fp16."""
+    fmt, launches = parse_format("int5:g128"), []
+    n, k = 127, 1001
+    planes = empty_planes(fmt, n, k)
+    for dtype in (torch.float32, torch.float16):
+        x, bias = torch.empty(7, k, dtype=dtype), torch.empty(n, dtype=dtype)
+        launches += launches_of(
+            monkeypatch, MODULES, lambda x=x, b=bias: weight_only.matmul(x, planes, fmt, n, b, x.dtype)
+        )
+    x, scale = torch.empty(7, k, dtype=torch.bfloat16), torch.empty(7, 8)
+    launches += launches_of(
+        monkeypatch, MODULES, lambda: weight_only.matmul(x, planes, fmt, n, None, x.dtype, scale, 128)
+    )
+    launches += launches_of(
+        monkeypatch, MODULES, lambda: weight_only.matmul(x, planes, fmt, n, None, x.dtype, scale[:, :1].contiguous())
+    )
+    compile_all(launches, arch)
+
+
+@each_arch
+def test_activation_quantization_compiles(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, static = torch.empty(33, 4096, dtype=torch.bfloat16), torch.ones(1, 1)
+    launches = []
+    for spec in ACTIVATIONS:
+        act = parse_activation(spec)
+        assert act is not None
+        assert act_quant.rule_of(act.format) is not None, f"{spec}: no fused kernel"
+        launches += launches_of(
+            monkeypatch, MODULES, lambda a=act: act_quant.quantize(x, a, static if a.static else None, torch.bfloat16)
+        )
+    compile_all(launches, arch)
+
+
+@pytest.mark.parametrize(("spec", "arch"), [("int8:row", 80), ("int8:row", 90), ("float8_e4m3:row", 90)])
+def test_8bit_matmul_compiles(spec: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    act = parse_activation(spec)
+    assert act is not None
+    fmt, n, k, launches = act.format, 4096, 4096, []
+    planes = empty_planes(fmt, n, k)
+    for m in (1, 128, 2048):
+        x = torch.empty(m, k, dtype=torch.bfloat16)
+        launches += launches_of(
+            monkeypatch, MODULES,
+            lambda x=x: scaled_mm.matmul(
+                *act_quant.codes(x, act, None), planes["qdata"], planes["scale"], None, x.dtype
+            ),
+        )  # fmt: skip
+    compile_all(launches, arch)
