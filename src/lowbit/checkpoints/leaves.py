@@ -1,0 +1,56 @@
+"""A *leaf* is one tensor on disk and the plane it is made from: an exact bijection between the two.
+
+lowbit's own convention stores the canonical planes as they are, `<parameter>.<plane>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoints.files import TensorInfo
+from lowbit.checkpoints.manifest import VERSION, StoredWeight
+from lowbit.formats.base import Plane
+
+#: The name under which leaves speak of the calibrated scale of a static activation.
+ACT_SCALE = "act_scale"
+METHOD = "lowbit"
+
+
+def same(t: Tensor) -> Tensor:
+    return t
+
+
+class Leaf(NamedTuple):
+    """One stored tensor. `plane` None: it repeats what the shape says, and `to_disk` ignores its argument.
+
+    `inexact` leaves may lose the last bit of the plane, which the manifest then keeps.
+    """
+
+    name: str
+    plane: str | None
+    info: TensorInfo
+    to_disk: Callable[[Tensor], Tensor] = same
+    from_disk: Callable[[Tensor], Tensor] = same
+    inexact: bool = False
+
+
+def plane_info(plane: Plane, w: StoredWeight) -> TensorInfo:
+    return TensorInfo(plane.dtype, plane.shape_for(w.n, w.k))
+
+
+def canonical_leaves(parameter: str, w: StoredWeight) -> list[Leaf]:
+    """The planes of any format, by their own names; a static activation's scale as `<parameter>.input_scale`."""
+    leaves = [Leaf(f"{parameter}.{p.name}", p.name, plane_info(p, w)) for p in w.format.planes]
+    if w.static:
+        leaves.append(Leaf(f"{parameter}.input_scale", ACT_SCALE, TensorInfo(torch.float32, (1, 1))))
+    return leaves
+
+
+def canonical_section(weights: dict[str, StoredWeight]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint in lowbit's own convention."""
+    formats = {name: w.spec for name, w in weights.items()}
+    return {"quant_method": METHOD, "format_version": VERSION, "weights": formats}

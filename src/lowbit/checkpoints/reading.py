@@ -1,0 +1,270 @@
+"""Opens a checkpoint: finds out what is stored and how, and compares everything with everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.checkpoints import compressed_tensors as ct
+from lowbit.checkpoints import leaves as own
+from lowbit.checkpoints.config_groups import Section, agrees, infer
+from lowbit.checkpoints.files import (
+    CONFIG,
+    DTYPES,
+    MANIFEST,
+    SECTION,
+    CheckpointError,
+    Files,
+    TensorInfo,
+    read_json,
+    sha256,
+)
+from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
+from lowbit.checkpoints.manifest import Manifest, StoredWeight, parse_spec
+from lowbit.tensor import QuantizedTensor
+
+
+@dataclass
+class Checkpoint:
+    """A directory opened and compared with itself.
+
+    Attributes:
+        hashes: whether files are compared with the manifest's checksums.
+        problems: everything that is wrong; nothing may be loaded unless it is empty.
+        weights: the quantized parameters; `leaves` says which tensors each consists of.
+        plain: all other parameters and buffers.
+        understood: whether it is known which weights are quantized, so that a comparison with a model makes sense.
+    """
+
+    path: Path
+    hashes: bool
+    problems: list[str] = field(default_factory=list)
+    manifest: Manifest | None = None
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
+    leaves: dict[str, list[Leaf]] = field(default_factory=dict)
+    plain: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            self.manifest = Manifest.read(self.path)
+            damaged = False
+        except CheckpointError as error:
+            damaged = True
+            self.problems.extend(error.problems)
+        if self.manifest is not None and self.hashes:
+            self._compare_checksums(self.manifest)
+        self.files = Files(self.path)
+        self.problems.extend(p for p in self.files.problems if p not in self.problems)
+        try:
+            section = read_json(self.path / CONFIG).get(SECTION)
+        except CheckpointError as error:
+            self.problems.extend(error.problems)
+            section = None
+        before = len(self.problems)
+        if not damaged:
+            self._understand(section)
+        self.understood = not damaged and len(self.problems) == before
+        if not damaged:
+            self._compare_tensors()
+
+    @property
+    def tied(self) -> dict[str, str]:
+        return self.manifest.tied if self.manifest else {}
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters and buffers that are stored, quantized or not."""
+        return [*self.weights, *self.plain]
+
+    def info(self, name: str) -> TensorInfo:
+        """What the model sees of a parameter."""
+        w = self.weights.get(name)
+        return TensorInfo(w.dtype, w.shape) if w else self.plain[name]
+
+    def tensor(self, name: str, device: torch.device | str | None) -> Tensor:
+        """One parameter: a plain tensor, or a `QuantizedTensor` made of its planes."""
+        w = self.weights.get(name)
+        if w is None:
+            return self.files.get(name, device)
+        planes = {}
+        for leaf in self.leaves[name]:
+            if leaf.plane is None:
+                continue
+            stored = self.files.get(leaf.name, device)
+            if stored.dtype != leaf.info.dtype:
+                stored = stored.to(leaf.info.dtype)  # fp32 scales that another tool keeps in 16 bits
+            planes[leaf.plane] = leaf.from_disk(stored)
+            if leaf.plane in w.exact:
+                planes[leaf.plane].fill_(w.exact[leaf.plane])
+        act_scale = planes.pop(ACT_SCALE, None)
+        return QuantizedTensor(planes, w.format, w.shape, w.dtype, w.act, act_scale)
+
+    def _compare_checksums(self, manifest: Manifest) -> None:
+        for name, expected in manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                self.problems.append(f"{name} is missing")
+            elif (found := sha256(file)) != expected:
+                size = f"{found.size} bytes, expected {expected.size}" if found.size != expected.size else "same size"
+                self.problems.append(
+                    f"{name} was changed since it was saved ({size}; sha256 {found.sha256[:12]}, expected "
+                    f"{expected.sha256[:12]}); verify=False accepts it"
+                )
+        for file in sorted(self.path.glob("*.safetensors")):
+            if file.name not in manifest.files:
+                self.problems.append(f"{file.name} is not part of this checkpoint")
+
+    def _understand(self, section: Any) -> None:
+        """Which weights are quantized, and how, from the manifest or from another tool's config; both must agree."""
+        method = section.get("quant_method") if isinstance(section, Mapping) else None
+        if section is not None and method not in (ct.METHOD, own.METHOD):
+            self.problems.append(
+                f"{CONFIG}: unknown quant_method {method!r}; lowbit reads {ct.METHOD!r} and its own {own.METHOD!r}"
+            )
+        elif self.manifest is None and (method == own.METHOD or (self.files.ours and self.hashes)):
+            hint = "; verify=False reads it as another tool's" if method == ct.METHOD else ""
+            self.problems.append(f"{MANIFEST} is missing: the checkpoint is not complete{hint}")
+        else:
+            try:
+                if method == ct.METHOD:
+                    self._standard(Section(section))
+                else:
+                    self._canonical(section)
+            except (ValueError, TypeError, RecursionError) as error:
+                self.problems.append(f"{CONFIG}: {SECTION}: {error}")
+
+    def _canonical(self, section: Mapping[str, Any] | None) -> None:
+        weights = self.manifest.weights if self.manifest else {}
+        found = {} if section is None else section
+        expected = own.canonical_section(weights) if weights else {}
+        for key in sorted(set(found) | set(expected)):
+            if key == "weights" and isinstance(found.get(key), Mapping):
+                for name in sorted(set(found[key]) | set(weights)):
+                    mine = weights[name].spec if name in weights else None
+                    if found[key].get(name) != mine:
+                        parse_spec(found[key].get(name))
+                        self.problems.append(f"{CONFIG}: {name} is {found[key].get(name)}, the manifest says {mine}")
+            elif found.get(key) != expected.get(key):
+                raise ValueError(f"{key} is {found.get(key)!r}, expected {expected.get(key)!r}")
+        for name, w in weights.items():
+            self._add(name, w, own.canonical_leaves(name, w))
+
+    def _standard(self, section: Section) -> None:
+        if self.manifest is not None:
+            for name, w in self.manifest.weights.items():
+                group = section.group_of(name.removesuffix(".weight"))
+                if agrees(group, w):
+                    self._add(name, w, ct.leaves(name, w))
+                else:
+                    says = ct.describe(group.weight, group.act) if group else "not quantized"
+                    self.problems.append(f"{CONFIG}: {name} is {says}, the manifest says {w.spec}")
+            return
+        config = read_json(self.path / CONFIG)
+        dtype = DTYPES.get(_DTYPE_WORDS.get(str(config.get("dtype") or config.get("torch_dtype")), ""), torch.bfloat16)
+        ends = (".weight_packed", ".weight_scale")
+        for layer in sorted({t.rpartition(".")[0] for t in self.files.info if t.endswith(ends)}):
+            group = section.group_of(layer)
+            if group is None:
+                self.problems.append(f"{layer} has quantized tensors, but no group of {CONFIG} names it")
+                continue
+            within = {t.rpartition(".")[2]: i for t, i in self.files.info.items() if t.rpartition(".")[0] == layer}
+            shape = self.files.get(f"{layer}.weight_shape") if "weight_shape" in within else None
+            try:
+                w = infer(layer, group, within, shape, dtype)
+            except ValueError as error:
+                self.problems.append(str(error))
+                continue
+            if not ct.expressible(w):
+                self.problems.append(f"{layer}: {w.spec} does not fit a weight of shape {list(w.shape)}")
+                continue
+            self._add(f"{layer}.weight", w, ct.leaves(f"{layer}.weight", w))
+            extra = {f"{layer}.{leaf}" for leaf in within} - {leaf.name for leaf in self.leaves[f"{layer}.weight"]}
+            for name in sorted(extra - {f"{layer}.bias"}):
+                self.problems.append(f"{self.files.file[name]}: {name} does not belong to {w.spec}")
+
+    def _add(self, name: str, w: StoredWeight, leaves: list[Leaf]) -> None:
+        self.weights[name] = w
+        self.leaves[name] = leaves
+
+    def _compare_tensors(self) -> None:
+        found, file = self.files.info, self.files.file
+        parts = {leaf.name: (name, leaf) for name, leaves in self.leaves.items() for leaf in leaves}
+        expected = dict(self.manifest.tensors) if self.manifest else {}
+        expected |= {name: leaf.info for name, (_, leaf) in parts.items()}
+        for name, info in expected.items():
+            of = f" of {parts[name][0]} ({self.weights[parts[name][0]].spec})" if name in parts else ""
+            if name not in found:
+                self.problems.append(f"tensor {name}{of} is missing, expected {info}")
+            elif found[name] != info and not (self.manifest is None and _widens(found[name], info)):
+                self.problems.append(f"{file[name]}: {name}{of} is {found[name]}, expected {info}")
+            elif name in parts:
+                self._compare_values(*parts[name])
+        for name, info in found.items():
+            if name not in parts:
+                self.plain[name] = info
+                if self.manifest and name not in expected:
+                    self.problems.append(f"{file[name]}: tensor {name} is not part of this checkpoint")
+
+    def _compare_values(self, parameter: str, leaf: Leaf) -> None:
+        """Tensors that say again what the manifest knows."""
+        w, where = self.weights[parameter], self.files.file[leaf.name]
+        if leaf.plane is None:
+            if (stored := self.files.get(leaf.name).tolist()) != list(w.shape):
+                self.problems.append(f"{where}: {leaf.name} holds {stored}, expected {list(w.shape)}")
+        elif leaf.plane in w.exact:
+            found, exact = float(leaf.from_disk(self.files.get(leaf.name))), w.exact[leaf.plane]
+            if not abs(found - exact) <= 2**-22 * abs(exact):  # the last bits of fp32; a NaN is no match either
+                self.problems.append(f"{where}: {leaf.name} stands for {found}, the manifest says {exact}")
+
+
+_DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _widens(found: TensorInfo, expected: TensorInfo) -> bool:
+    """Whether fp32 numbers are only stored in 16 bits."""
+    return (
+        found.shape == expected.shape
+        and expected.dtype == torch.float32
+        and found.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def misfits(checkpoint: Checkpoint, model: nn.Module, targets: Mapping[str, Any], strict: bool) -> list[str]:
+    """Where a checkpoint and a model differ."""
+    problems = []
+    layers = dict(model.named_modules())
+    for name in checkpoint.names:
+        if name not in targets:
+            if strict:
+                problems.append(f"{name} is in the checkpoint, but not in the model; strict=False leaves it out")
+            continue
+        found, target, w = checkpoint.info(name), targets[name], checkpoint.weights.get(name)
+        if found.shape != tuple(target.shape):
+            problems.append(
+                f"{name} has shape {list(found.shape)} in the checkpoint, {list(target.shape)} in the model"
+            )
+        if w is not None and w.act is not None and not isinstance(layers[name.rpartition(".")[0]], nn.Linear):
+            kind = type(layers[name.rpartition(".")[0]]).__name__
+            problems.append(f"{name} quantizes activations ({w.spec}), which needs a Linear; the model has a {kind}")
+        floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        if w is None and found.dtype != target.dtype and not (found.dtype in floats and target.dtype in floats):
+            problems.append(f"{name} is {found}, the model has {target.dtype}: codes without their scales?")
+    groups: dict[int, list[str]] = {}
+    for name, target in targets.items():
+        groups.setdefault(id(target), []).append(name)
+    have = set(checkpoint.names)
+    for name, target in targets.items():
+        alike = {name, checkpoint.tied.get(name, name), *groups[id(target)]}
+        if strict and not alike & have:
+            problems.append(
+                f"{name} {list(target.shape)} is in the model, but not in the checkpoint; strict=False keeps it"
+            )
+    for name, buffer in model.named_buffers():
+        if strict and buffer.is_meta and name not in targets:
+            problems.append(f"buffer {name} is never stored and on the meta device; build it with torch.device('cpu')")
+    return problems
