@@ -128,7 +128,7 @@ def evaluate(
     loss, loss_error = _mean_and_error(losses)
     perplexity = math.exp(min(loss, 700.0))  # beyond the range of a double, a model is no worse for it
     result = EvalResult(
-        tokens=ids.numel() - len(cut),
+        tokens=sum(len(targets) for _, targets in cut),
         perplexity=perplexity,
         perplexity_stderr=perplexity * loss_error,
         seconds=time.perf_counter() - started,
