@@ -20,6 +20,8 @@ from lowbit.checkpoints.files import (
     CONFIG,
     INDEX,
     MANIFEST,
+    MARK,
+    METADATA,
     SECTION,
     CheckpointError,
     Staging,
@@ -118,9 +120,9 @@ def save(
         for file, part in parts.items():
             staging.write(file, safetensors_bytes(part))
         if len(parts) > 1:
-            sizes = {"total_size": sum(i.nbytes for i in info.values())}
+            head = {"total_size": sum(i.nbytes for i in info.values()), MARK: METADATA[MARK]}
             where = {name: file for file, part in parts.items() for name in part}
-            staging.write(INDEX, [json_bytes({"metadata": sizes, "weight_map": where})])
+            staging.write(INDEX, [json_bytes({"metadata": head, "weight_map": where})])
         staging.write(CONFIG, [config_json])
         manifest = Manifest(_tool(), dict(staging.digests), info, planned.weights, planned.tied)
         staging.write(MANIFEST, [manifest.to_bytes()])

@@ -25,7 +25,8 @@ MANIFEST = "lowbit_manifest.json"
 SECTION = "quantization_config"  # of config.json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-METADATA = {"format": "pt", "lowbit.format": "1"}
+MARK = "lowbit.format"
+METADATA = {"format": "pt", MARK: "1"}
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -231,6 +232,17 @@ def _sha256_of(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
     return digest
 
 
+def is_ours(path: Path) -> bool:
+    """Whether lowbit wrote a safetensors file or an index, by what the file says of itself."""
+    try:
+        if path.name == INDEX:
+            return MARK in read_json(path).get("metadata", {})
+        with safe_open(path, framework="pt") as file:
+            return MARK in (file.metadata() or {})
+    except (CheckpointError, SafetensorError, OSError, ValueError, TypeError):
+        return False
+
+
 def is_plain_name(name: object) -> bool:
     """Whether `name` is a file directly in the directory: nothing a checkpoint lists may lead elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
@@ -289,7 +301,7 @@ class Files:
             file = safe_open(path, framework="pt")
             slices = {t: file.get_slice(t) for t in file.keys()}  # noqa: SIM118 (not a dict)
             header = {t: (s.get_dtype(), tuple(s.get_shape())) for t, s in slices.items()}
-            self.ours |= "lowbit.format" in (file.metadata() or {})
+            self.ours |= MARK in (file.metadata() or {})
         except (SafetensorError, OSError, ValueError) as error:
             self.problems.append(f"{name} is damaged: {error}")
             return

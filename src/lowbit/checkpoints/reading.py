@@ -145,10 +145,9 @@ class Checkpoint:
         for key in sorted(set(found) | set(expected)):
             if key == "weights" and isinstance(found.get(key), Mapping):
                 for name in sorted(set(found[key]) | set(weights)):
-                    mine = weights[name].spec if name in weights else None
-                    if found[key].get(name) != mine:
-                        parse_spec(found[key].get(name))
-                        self.problems.append(f"{CONFIG}: {name} is {found[key].get(name)}, the manifest says {mine}")
+                    theirs, mine = found[key].get(name), weights[name].spec if name in weights else None
+                    if theirs != mine:
+                        self.problems.append(f"{CONFIG}: {name} is {_described(theirs)}, the manifest says {mine}")
             elif found.get(key) != expected.get(key):
                 raise ValueError(f"{key} is {found.get(key)!r}, expected {expected.get(key)!r}")
         for name, w in weights.items():
@@ -223,6 +222,15 @@ class Checkpoint:
 
 
 _DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _described(spec: object) -> str:
+    """A format spec of a config for an error message, which says so if there is no such format."""
+    try:
+        parse_spec(spec)
+    except ValueError as error:
+        return f"{spec!r} ({error})"
+    return str(spec)
 
 
 def _widens(found: TensorInfo, expected: TensorInfo) -> bool:

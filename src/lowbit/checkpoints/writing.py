@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from lowbit.checkpoints import compressed_tensors as ct
 from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.config_groups import section
-from lowbit.checkpoints.files import DTYPE_NAMES, INDEX, MANIFEST, CheckpointError, Pending, TensorInfo
+from lowbit.checkpoints.files import (
+    CONFIG,
+    DTYPE_NAMES,
+    INDEX,
+    MANIFEST,
+    CheckpointError,
+    Pending,
+    TensorInfo,
+    is_ours,
+)
 from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
 from lowbit.checkpoints.manifest import Manifest, StoredWeight
 from lowbit.tensor import QuantizedTensor
@@ -74,12 +83,13 @@ def replaceable(path: Path) -> list[str]:
         manifest = Manifest.read(path)
     except CheckpointError:
         manifest = None
-    ours = {MANIFEST, *manifest.files} if manifest else set()
-    foreign = sorted(p.name for p in path.iterdir() if p.suffix == ".safetensors" or p.name == INDEX)
-    foreign = [name for name in foreign if name not in ours]
+    listed = set(manifest.files) if manifest else set()
+    found = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == INDEX)
+    foreign = [p.name for p in found if p.name not in listed and not is_ours(p)]
     if foreign:
         raise CheckpointError(path, [f"holds {', '.join(foreign)}, which is not lowbit's; save to another directory"])
-    return sorted(ours)
+    # An interrupted save may have left weights without a manifest.
+    return [CONFIG, MANIFEST, *(p.name for p in found)] if found else []
 
 
 def _untied(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
