@@ -50,20 +50,23 @@ def problem_of(x: Tensor, m: int, n: int, k: int, spec: str, act: str) -> Proble
     return Problem(m, n, k, spec, act, x.dtype, x.device.type, _arch(x))
 
 
-def _check_input(x: Tensor, planes: Sequence[Tensor], fmt: Format, k: int) -> None:
+def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: Format, n: int, k: int) -> None:
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"lowbit.linear ({fmt.spec}): the input must be bf16, fp16 or fp32, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"lowbit.linear ({fmt.spec}): the input's last size must be K = {k}, got {tuple(x.shape)}")
     if x.device != planes[0].device:
         raise ValueError(f"lowbit.linear ({fmt.spec}): input on {x.device}, weight on {planes[0].device}")
+    if bias is not None and (bias.shape != (n,) or bias.device != x.device):
+        got = f"{tuple(bias.shape)} on {bias.device}"
+        raise ValueError(f"lowbit.linear ({fmt.spec}): the bias must be ({n},) on {x.device}, got {got}")
 
 
 def _linear(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
     fmt = parse_format(spec)
-    _check_input(x, planes, fmt, k)
+    _check_input(x, planes, bias, fmt, n, k)
     lead = x.shape[:-1]
     m = math.prod(lead)
     if m == 0 or n == 0:
@@ -80,6 +83,7 @@ def _linear(
 def _linear_fake(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
+    _check_input(x, planes, bias, parse_format(spec), n, k)
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -200,7 +204,9 @@ def _quantize_act(x: Tensor, act_scale: Tensor | None, act: str) -> list[Tensor]
     activation = parse_activation(act)
     if activation is None:
         raise ValueError("lowbit.quantize_act: the activation spec is empty")
-    return list(activation.quantize(x.reshape(-1, x.shape[-1]), act_scale).values())
+    planes = activation.quantize(x.reshape(-1, x.shape[-1]), act_scale)
+    # A static scale comes back as a plane; an op's outputs must not be its inputs.
+    return [t.clone() if act_scale is not None and t.numel() == 1 else t for t in planes.values()]
 
 
 def _quantize_act_fake(x: Tensor, act_scale: Tensor | None, act: str) -> list[Tensor]:
@@ -236,5 +242,6 @@ linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
 linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default
 embedding: Callable[..., Tensor] = torch.ops.lowbit.embedding.default
 conv2d: Callable[..., Tensor] = torch.ops.lowbit.conv2d.default
+conv2d_dgrad: Callable[..., Tensor] = torch.ops.lowbit.conv2d_dgrad.default
 quantize_act: Callable[..., list[Tensor]] = torch.ops.lowbit.quantize_act.default
 dequantize: Callable[..., Tensor] = torch.ops.lowbit.dequantize.default

@@ -161,11 +161,17 @@ def _cpu_int8(p: Problem) -> str | None:
         return "only symmetric int8 with scales per row or per tensor"
     if p.dtype != torch.bfloat16:
         return f"only bf16 activations are fast, got {p.dtype}"
-    if p.k % 32 or p.n % 4:
-        return f"needs K % 32 == 0 and N % 4 == 0, got N = {p.n}, K = {p.k}"
+    if p.k % 32:
+        return f"needs K % 32 == 0, got K = {p.k}"
     if p.m > 32:
         return f"M = {p.m} is above 32, where one dequantization per block is faster"
     return None
+
+
+def _small_m(p: Problem) -> str | None:
+    from lowbit.kernels.cuda import small_m  # late: it needs this module
+
+    return small_m.why_not(p)
 
 
 def _native(p: Problem) -> str | None:
@@ -177,6 +183,7 @@ def _native(p: Problem) -> str | None:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
+    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
     Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _chunked),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),

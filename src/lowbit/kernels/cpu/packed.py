@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels.select import Problem
+
+# The op's vector loads want whole cache lines; anything else ends the process (AVX512: 32 bytes for x, 16 for weights).
+ALIGNMENT = 64
+# Bytes of weights that are copied at a time where they lie badly.
+BLOCK_BYTES = 1 << 20
 
 
 def int8_packed(
@@ -16,11 +21,27 @@ def int8_packed(
     """bf16 `x (M, K)` times int8 `(N, K)` with `torch._weight_int8pack_mm`.
 
     The op wants scales in bf16, which would round ours; it gets ones, and the fp32 scales are applied afterwards.
-    It reads out of bounds where K is not a multiple of its vector width, so `select` never sends such a K here.
+    It reads out of bounds where K is not a multiple of its vector width, so `select` never sends such a K here, and it
+    crashes on operands that are not aligned: views and memory-mapped files, which are copied.
     """
-    ones = _ones(problem.n)
-    y = torch._weight_int8pack_mm(x, planes["qdata"], ones).float() * planes["scale"].view(1, -1)
+    x = x if _aligned(x) else x.clone()
+    parts = [torch._weight_int8pack_mm(x, w, _ones(w.shape[0])) for w in _rows(planes["qdata"])]
+    y = torch.cat(parts, dim=1).float() * planes["scale"].view(1, -1)
     return (y if bias is None else y + bias).to(problem.dtype)
+
+
+def _rows(w: Tensor) -> Iterator[Tensor]:
+    """`w` itself where it is aligned and contiguous, else aligned copies of consecutive rows."""
+    if w.is_contiguous() and _aligned(w):
+        yield w
+        return
+    step = max(1, BLOCK_BYTES // w.shape[1])
+    for i in range(0, w.shape[0], step):
+        yield w[i : i + step].clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % ALIGNMENT == 0
 
 
 def _ones(n: int) -> Tensor:
