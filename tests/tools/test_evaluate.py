@@ -89,6 +89,16 @@ def test_a_model_compared_with_itself(stored):
     assert abs(result.kl_p99) < 1e-5
 
 
+def test_a_large_vocabulary_compared_with_itself():
+    wide = torch.randn(VOCAB, 50000, generator=torch.Generator().manual_seed(0)) * 3
+    wide[:, :5] += 12
+    model = Bigrams(wide)
+    result = evaluate(model, IDS, model)
+    assert abs(result.kl_mean) < 2e-6
+    exact = wide.double().log_softmax(-1)[IDS[:-1], IDS[1:]]
+    assert result.perplexity == pytest.approx(math.exp(-float(exact.mean())), rel=2e-6)
+
+
 def test_a_stored_reference_gives_what_the_model_itself_gives():
     p, q = tiny_llama(), tiny_llama(dtype=torch.bfloat16)
     stored, live = evaluate(q, IDS, reference_of(p, IDS, 40), window=40), evaluate(q, IDS, p, window=40)
