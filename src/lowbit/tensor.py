@@ -178,7 +178,9 @@ class QuantizedTensor(Tensor):
 
     # FSDP2: gather the planes, then rebuild ------------------------------------------------------
 
-    def fsdp_pre_all_gather(self, mesh: Any, *_: Any) -> tuple[tuple[Tensor, ...], Any]:
+    def fsdp_pre_all_gather(  # FSDP2 counts the parameters to know which version of its protocol this is
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
         self._refuse_shared_rows("FSDP")
         tiled = tuple(self.planes[p.name] for p in self.format.planes if p.n is not None)
         # Collectives know few dtypes; bytes pass through all of them.

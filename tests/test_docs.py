@@ -1,0 +1,228 @@
+"""Every example of the documentation is run, every link followed, every table compared with the registries.
+
+Marks are HTML comments on the line before a fenced block:
+
+    <!-- raises ValueError -->       the python block ends with this error
+    <!-- prints -->                  the text block is what the python blocks above it printed (`...` matches anything)
+    <!-- run: torchrun -->           the python block is a program for two processes
+    <!-- not run: why -->            not executed; commands are still checked against the command line's own help
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import doctest
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import docs_tables
+import pytest
+import torch
+
+import lowbit
+from lowbit.checkpoint import CheckpointError
+from lowbit.errors import PAGES
+from lowbit.formats import registered
+from lowbit.formats.base import families, unregister
+from lowbit.kernels.select import KERNELS
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+EVERY_PAGE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+EVERY_PAGE += sorted(DOCS.rglob("*.md"))
+ERROR_PAGES = sorted((DOCS / "errors").glob("*.md"))
+each_page = pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, text, first line's number, and the mark before it."""
+
+    language: str
+    text: str
+    line: int
+    mark: str
+
+    @property
+    def not_run(self) -> bool:
+        return self.mark.startswith("not run: ")
+
+
+def blocks(page: Path) -> list[Block]:
+    out: list[Block] = []
+    lines = page.read_text(encoding="utf-8").splitlines()
+    i = 0
+    while i < len(lines):
+        fence = re.fullmatch(r"```(\w*)", lines[i])
+        if fence:
+            end = lines.index("```", i + 1)
+            mark = re.fullmatch(r"<!-- (.*) -->", lines[i - 1]) if i else None
+            out.append(Block(fence[1], "\n".join(lines[i + 1 : end]) + "\n", i + 2, mark[1] if mark else ""))
+            i = end
+        i += 1
+    return out
+
+
+# Python ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """A module of its own in an empty directory; formats that the page registers are forgotten afterwards."""
+    module = types.ModuleType("documentation_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    before = set(families())
+    yield module.__dict__
+    unregister(*(set(families()) - before))
+
+
+def execute(page: Path, block: Block, names: dict[str, object]) -> None:
+    # Empty lines in front: a traceback shows the page's own line numbers.
+    tree = ast.parse("\n" * (block.line - 1) + block.text, filename=str(page))
+    exec(compile(tree, str(page), "exec", dont_inherit=True), names)
+
+
+def error_type(block: Block) -> type[Exception]:
+    name = block.mark.removeprefix("raises ")
+    ours = {"UnsupportedError": lowbit.UnsupportedError, "CheckpointError": CheckpointError}
+    return ours[name] if name in ours else getattr(builtins, name)
+
+
+def run_program(block: Block, directory: Path) -> str:
+    program = directory / "program.py"
+    program.write_text(block.text)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [p for p in EVERY_PAGE if p not in ERROR_PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_examples_run(
+    page: Path, namespace: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = ""
+    for block in blocks(page):
+        if block.language == "python" and not block.not_run:
+            if block.mark.startswith("raises "):
+                with pytest.raises(error_type(block)):
+                    execute(page, block, namespace)
+            elif block.mark == "run: torchrun":
+                printed += run_program(block, tmp_path)
+            else:
+                execute(page, block, namespace)
+            printed += capsys.readouterr().out
+        elif block.mark == "prints":
+            matches = doctest.OutputChecker().check_output(block.text, printed, doctest.ELLIPSIS)
+            assert matches, f"{page}:{block.line} shows\n{block.text}but the examples print\n{printed}"
+            printed = ""
+
+
+def test_marks_are_known() -> None:
+    known = re.compile(r"raises \w+|prints|run: torchrun|not run: .{10,}|table: .*|")
+    for page in EVERY_PAGE:
+        for block in blocks(page):
+            assert known.fullmatch(block.mark), f"{page}:{block.line}: mark {block.mark!r}"
+            assert block.language in ("python", "console", "text", "toml"), f"{page}:{block.line}: {block.language!r}"
+
+
+# Links and tables --------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+@each_page
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page}: {target} does not exist"
+        assert not anchor or anchor in anchors(file), f"{page}: {target}: {file.name} has no such heading"
+
+
+@pytest.mark.parametrize("page", docs_tables.TABLES)
+def test_tables_say_what_the_registries_say(page: str) -> None:
+    shown = docs_tables.section((DOCS / page).read_text(encoding="utf-8")).group()
+    assert shown == docs_tables.render(page).rstrip("\n"), "run: python tests/docs_tables.py"
+
+
+def tables(page: Path) -> Iterator[dict[str, str]]:
+    """The rows of every Markdown table of a page, each as column to cell."""
+    header: list[str] = []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            header = []
+            continue
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if not header:
+            header = cells
+        elif not set(line) <= set("|-: "):
+            yield dict(zip(header, cells, strict=True))
+
+
+@each_page
+def test_rows_about_formats_and_configs_are_right(page: Path) -> None:
+    for row in tables(page):
+        if "spec" in row and "bits per weight" in row:
+            assert row["bits per weight"] == f"{lowbit.parse_format(row['spec'].strip('`')).bits_per_weight:.4g}", row
+        if "short name" in row and "config" in row:
+            assert type(lowbit.parse_config(row["short name"].strip("`"))).__name__ == row["config"].strip("`"), row
+
+
+def test_readme_shows_every_family() -> None:
+    shown = {row["spec"].strip("`").split(":")[0] for row in tables(ROOT / "README.md") if "spec" in row}
+    classes = {type(f) for f in registered()}
+    assert {type(lowbit.parse_format(s)) for s in shown} == classes
+
+
+def test_kernels_page_has_the_table_of_kernels() -> None:
+    shown = [row["kernel"].strip("`") for row in tables(DOCS / "kernels.md") if "kernel" in row]
+    assert shown == [kernel.name for kernel in KERNELS]
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+def test_every_error_has_a_page_and_every_page_an_error() -> None:
+    assert {p.stem for p in ERROR_PAGES} == set(PAGES)
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_error_is_raised_by_the_source(name: str) -> None:
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "src" / "lowbit").rglob("*.py")]
+    assert any(re.search(rf'(with_page\(\s*|page=)"{name}"', s) for s in sources)
+
+
+@pytest.mark.parametrize("page", ERROR_PAGES, ids=lambda p: p.stem)
+def test_error_page_explains_and_shows_its_error(page: Path, namespace: dict[str, object]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# {page.stem}\n\n{PAGES[page.stem]}\n"), "the page opens with its name and its line"
+    assert "\n## Why\n" in text
+    assert "\n## What to do\n" in text
+    raising = 0
+    for block in blocks(page):
+        if block.mark.startswith("raises "):
+            raising += 1
+            with pytest.raises(Exception) as caught:
+                execute(page, block, namespace)
+            assert isinstance(caught.value, error_type(block))
+            assert str(caught.value).endswith(f"[lowbit: {page.stem}]"), str(caught.value)
+        elif block.language == "python":
+            execute(page, block, namespace)
+    assert raising, "no block is marked <!-- raises ... -->"
