@@ -257,6 +257,8 @@ def _zero_point(layer: str, w: StoredWeight) -> Leaf:
         return _to_words(pack_bits(t.t().contiguous(), bits)).t().contiguous()
 
     def from_disk(t: Tensor) -> Tensor:
-        return unpack_bits(t.t().contiguous().view(torch.uint8), bits, n).t().contiguous()
+        # Flat in between: the stride of a dimension of size 1 is arbitrary, and views care about it.
+        packed = t.t().reshape(-1).view(torch.uint8).view(groups, -1)
+        return unpack_bits(packed, bits, n).t().contiguous()
 
     return Leaf(f"{layer}weight_zero_point", "zero_point", info, to_disk, from_disk)
