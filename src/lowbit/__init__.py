@@ -5,6 +5,7 @@
 """
 
 from lowbit.calibrate import calibrate
+from lowbit.checkpoint import CheckpointError, load, save, verify
 from lowbit.configs import (
     CodebookWeightOnlyConfig,
     Config,
@@ -38,6 +39,7 @@ from lowbit.tensor import QuantizedTensor
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "CodebookWeightOnlyConfig",
     "Config",
     "Float8DynamicActivationFloat8WeightConfig",
@@ -70,8 +72,11 @@ __all__ = [
     "__version__",
     "calibrate",
     "explain",
+    "load",
     "parse_config",
     "parse_format",
     "quantize_",
+    "save",
     "use_kernel",
+    "verify",
 ]
