@@ -38,10 +38,10 @@ OPENING = "The sky is blue because"
 #: What the demo's own model flatters; shown wherever its numbers are.
 GRID_NOTE = (
     "This model's layers come from a Q4_1 file: every weight already lies on a 4-bit grid (blocks of 32, a scale and a "
-    "minimum each). A format that can hit that grid looks better here than on true weights: four-bit integers with a "
-    "float minimum would be exact at groups of 32. The formats of this table have no float minimum, and symmetric "
-    "int4, int4 with integer zero points, int8 and float8 were found to lose as much here as on true weights; "
-    "methods that search for scales could find the grid."
+    "float minimum each). That flatters formats that can hit the grid: four-bit integers with a float minimum are "
+    "exact at groups of 32 and look too good at 64, and methods that search for scales or codebooks may find it. "
+    "Symmetric int4, int4 with integer zero points, int8 and float8 lose as much weight precision here as on weights "
+    "that lie on no grid; the other formats of this table were not compared. Judge a format by your own model."
 )
 
 
@@ -237,7 +237,6 @@ def _speed_note(device: torch.device) -> str:
         return "Speeds are of one sequence, in eager mode, without CUDA graphs."
     threads = torch.get_num_threads()
     return (
-        f"Speeds are CPU speeds ({threads} thread{'s' if threads > 1 else ''}, {platform.machine()}): one sequence, the "
-        "weights decoded on the fly. They say that every format runs here, not how fast it is on a GPU, for which "
-        "lowbit's fused kernels are written."
+        f"Speeds are CPU speeds ({threads} threads, {platform.machine()}) of one sequence, with weights decoded on the "
+        "fly. They show that every format runs here; they say nothing about a GPU, where other kernels run."
     )

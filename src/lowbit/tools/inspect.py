@@ -109,7 +109,7 @@ def inspect_model(
 
 def _float(name: str, module: nn.Module, weight: Tensor, formats: dict[str, Format]) -> FloatLayer:
     flat = weight.reshape(weight.shape[0], -1)
-    mean, std, kurtosis, outliers = _moments(flat)
+    std, kurtosis, outliers = _moments(flat)
     low, high = (float(x) for x in flat.aminmax())
     finite = math.isfinite(low) and math.isfinite(high)
     # Schemes say how layers would fare; an embedding is a table that nobody multiplies, and the largest of all.
@@ -129,8 +129,8 @@ def _float(name: str, module: nn.Module, weight: Tensor, formats: dict[str, Form
     )
 
 
-def _moments(w: Tensor) -> tuple[float, float, float, float]:
-    """Mean, standard deviation, excess kurtosis and outlier ratio of `w (N, K)`, some rows at a time, in fp64."""
+def _moments(w: Tensor) -> tuple[float, float, float]:
+    """Standard deviation, excess kurtosis and outlier ratio of `w (N, K)`, some rows at a time, in fp64."""
     step = max(1, (1 << 20) // max(w.shape[1], 1))
     parts = [w[i : i + step] for i in range(0, w.shape[0], step)]
     count = max(w.numel(), 1)
@@ -143,9 +143,9 @@ def _moments(w: Tensor) -> tuple[float, float, float, float]:
     variance = second / count
     std = math.sqrt(variance) if variance >= 0 else math.nan
     if not std > 0:
-        return mean, std, 0.0, 0.0
+        return std, 0.0, 0.0
     far = sum(int(((p.double() - mean).abs() > OUTLIER_SIGMAS * std).sum()) for p in parts)
-    return mean, std, fourth / count / variance**2 - 3, far / count
+    return std, fourth / count / variance**2 - 3, far / count
 
 
 def _quantized(name: str, module: nn.Module, weight: QuantizedTensor) -> QuantizedLayer:

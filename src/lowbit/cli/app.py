@@ -1,0 +1,43 @@
+"""The commands. Each one opens its input, calls one tool and prints what it says."""
+
+from __future__ import annotations
+
+import typer
+
+from lowbit.cli import language, machine, weights
+
+app = typer.Typer(
+    name="lowbit",
+    help="Quantize language models, prove what it costs, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from lowbit import __version__
+
+        typer.echo(f"lowbit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Quantize language models, prove what it costs, and run them.
+
+    MODEL is a Hugging Face directory, a .gguf file, a directory that `lowbit quantize` wrote, or the word demo.
+    Exit codes: 0 ok, 1 what was asked for failed, 2 bad input.
+    """
+
+
+for function in (
+    machine.demo, weights.quantize, weights.verify, weights.load, language.generate, language.eval_, weights.inspect,
+    weights.explain, machine.doctor,
+):  # fmt: skip
+    app.command(function.__name__.rstrip("_"))(function)

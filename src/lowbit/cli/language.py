@@ -1,0 +1,207 @@
+"""Commands that run a language model: generate, eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from lowbit.cli.output import (
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    command,
+    emit_json,
+    megabytes,
+    progress_bar,
+    stderr,
+    stdout,
+)
+from lowbit.cli.weights import Config, quantize_as_asked
+from lowbit.models.llama import Llama
+from lowbit.models.tokenizer import Tokenizer
+from lowbit.specs import parse_config
+from lowbit.tools.evaluate import EvalResult, evaluate, held_out_text, reference_of
+from lowbit.tools.generate import generate as generate_tokens
+from lowbit.tools.sources import find_source, parse_dtype, rules_for, variant, weight_bytes
+
+
+@command
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model continues or answers.")],
+    config: Config = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; 1 draws as the model says.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that sum up to p.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text, shown as it comes, and say how fast."""
+    source = find_source(model)
+    loaded = source.model(parse_dtype(dtype), device)
+    tokenizer = source.tokenizer()
+    if config is not None:
+        quantize_as_asked(source, loaded, rules_for(loaded, config), device)
+    if raw or tokenizer.chat_template is None:
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    if not ids:
+        raise ValueError("--prompt is empty; give at least one word")
+    stream = _Stream(tokenizer, shown=not as_json)
+    result = generate_tokens(
+        loaded, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        eos_ids=tokenizer.eos_ids, on_token=stream,
+    )  # fmt: skip
+    stream.end()
+    if as_json:
+        emit_json({
+            "model": source.path,
+            "config": config,
+            "prompt": prompt,
+            "text": stream.text,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": result.new_tokens,
+            "tokens_per_second": result.tokens_per_second,
+            "prefill_tokens_per_second": result.prefill_tokens_per_second,
+            "cache_bytes": result.cache_bytes,
+        })  # fmt: skip
+        return
+    speed = "" if result.new_tokens < 2 else f", {result.tokens_per_second:.1f} tokens/s"
+    stderr().print(
+        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new "
+        f"tokens{speed}; weights {megabytes(weight_bytes(loaded))} MB, cache {megabytes(result.cache_bytes)} MB[/]"
+    )
+
+
+class _Stream:
+    """Writes text as its tokens come; a character of several tokens is written when it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, shown: bool) -> None:
+        self.tokenizer, self.shown = tokenizer, shown
+        self.ids: list[int] = []
+        self.text = ""
+
+    def __call__(self, token: Tensor) -> None:
+        self.ids.append(int(token[0]))
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("�"):
+            self._write(text)
+
+    def end(self) -> None:
+        self._write(self.tokenizer.decode(self.ids))
+        if self.shown:
+            sys.stdout.write("\n")
+
+    def _write(self, text: str) -> None:
+        if self.shown:
+            sys.stdout.write(text[len(self.text) :])
+            sys.stdout.flush()
+        self.text = text
+
+
+@command
+def eval_(
+    model: Model,
+    config: Annotated[
+        list[str] | None, typer.Option("--config", "-c", help="Configs to measure; may be repeated.")
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option(help="For a quantized checkpoint: the MODEL it was made from, to compare with.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; default: packaged prose.")] = None,
+    tokens: Annotated[int, typer.Option(help="Measure on the first so many tokens of the text.")] = 4096,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 1024,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity, and KL divergence and top-1 agreement against the original model."""
+    specs = [parse_config(c).spec for c in config or []]
+    source = find_source(model)
+    if original is not None and (source.kind != "checkpoint" or specs):
+        raise ValueError("--original is for a quantized checkpoint alone; --config compares with MODEL itself")
+    if source.kind == "checkpoint" and specs:
+        raise ValueError(f"{source.path} is quantized already; leave --config out")
+    if tokens < 2:
+        raise ValueError(f"--tokens must be at least 2, got {tokens}")
+    words = held_out_text() if text is None else text.read_text(encoding="utf-8")
+    ids = torch.tensor(source.tokenizer().encode(words))[:tokens]
+    results: list[tuple[str, int, EvalResult]] = []
+    with progress_bar("evaluating") as update:
+        base = find_source(original).model(parse_dtype(dtype), device) if original is not None else None
+        loaded = source.model(parse_dtype(dtype) if base is None else None, device)
+        steps = _Steps(update, len(specs) + 1 + (base is not None or bool(specs)))
+        against = base or (loaded if specs else None)
+        reference = None
+        if against is not None:
+            reference = reference_of(against, ids, window, steps.next("reading with the original"))
+        if base is not None:
+            results.append(("original", weight_bytes(base), evaluate(base, ids, reference, window)))
+        results.append((_name(source.kind, loaded), weight_bytes(loaded),
+                        evaluate(loaded, ids, reference, window, steps.next(str(source.path)))))  # fmt: skip
+        for spec in specs:
+            copy = variant(loaded)
+            assert isinstance(copy, Llama)
+            quantize_as_asked(source, copy, rules_for(copy, spec), device, spec)
+            measured = evaluate(copy, ids, reference, window, steps.next(spec))
+            results.append((spec, weight_bytes(copy), measured))
+            del copy
+    if as_json:
+        rows: list[dict[str, Any]] = [{"config": c, "bytes": b, **vars(r)} for c, b, r in results]
+        emit_json({"model": source.path, "text": text or "packaged prose", "window": window, "results": rows})
+        return
+    stdout().print(_eval_table(results))
+
+
+class _Steps:
+    """One bar over several models: windows of each are shares of a step."""
+
+    def __init__(self, update: Any, total: int) -> None:
+        self.update, self.total, self.done = update, total, -1
+
+    def next(self, what: str) -> Any:
+        self.done += 1
+        done = self.done
+        return lambda i, n: self.update(done * n + i, self.total * n, what)
+
+
+def _name(kind: str, model: Llama) -> str:
+    return "quantized" if kind == "checkpoint" else str(model.model.norm.weight.dtype).removeprefix("torch.")
+
+
+def _eval_table(results: list[tuple[str, int, EvalResult]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{results[0][2].tokens} tokens; +- is one standard error")
+    table.add_column("config")
+    for title in ("MB", "perplexity", "ratio", "KL (nats)", "KL p99", "top-1 %", "seconds"):
+        table.add_column(title, justify="right")
+    for name, size, r in results:
+        compared = ["", "", "", ""]
+        if r.kl_mean is not None and r.kl_p99 is not None and r.top1_agreement is not None:
+            compared = [
+                f"{r.perplexity_ratio:.4f} +- {r.perplexity_ratio_stderr:.4f}", f"{r.kl_mean:.4f} +- {r.kl_stderr:.4f}",
+                f"{r.kl_p99:.3f}", f"{100 * r.top1_agreement:.1f}",
+            ]  # fmt: skip
+        table.add_row(
+            escape(name), megabytes(size), f"{r.perplexity:.2f} +- {r.perplexity_stderr:.2f}", *compared,
+            f"{r.seconds:.1f}",
+        )  # fmt: skip
+    return table

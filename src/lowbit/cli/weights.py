@@ -1,0 +1,297 @@
+"""Commands about weights: quantize, verify, load, inspect, explain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from lowbit import checkpoint
+from lowbit.calibrate import Statistics, calibrate
+from lowbit.cli.output import (
+    FAILED,
+    OK,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    command,
+    emit_json,
+    megabytes,
+    progress_bar,
+    stderr,
+    stdout,
+)
+from lowbit.explain import explain as explain_model
+from lowbit.models.llama import Llama
+from lowbit.quantize import Rule, quantize_
+from lowbit.report import LayerReport
+from lowbit.report import Report as QuantizeReport
+from lowbit.specs import parse_config
+from lowbit.tensor import QuantizedTensor
+from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model
+from lowbit.tools.sources import Source, export, find_source, is_static, parse_dtype, parse_rules, rules_for
+
+Config = Annotated[str | None, typer.Option("--config", "-c", help="Short name such as int4wo-128, or a format spec.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", "-r", metavar="NAME=CONFIG", help="A layer's own config: NAME is exact or re:PATTERN, "
+                 "CONFIG may be none. May be repeated."),
+]  # fmt: skip
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.")]
+
+
+@command
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it is a MODEL itself.")],
+    config: Config = None,
+    rule: Rules = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and save it as a checkpoint with its tokenizer.
+
+    Every Linear takes --config; the output projection (lm_head) stays as it is unless a rule names it.
+    """
+    if config is None and not rule:
+        raise ValueError("quantize: give --config (such as int4wo-128), or at least one --rule NAME=CONFIG")
+    words = parse_rules(rule or [])
+    if config is not None:
+        parse_config(config)
+    source = find_source(model)
+    if source.kind == "checkpoint":
+        raise ValueError(f"{source.path} is quantized already; quantize the original model")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT {out} is a file; give a directory")
+    loaded = source.model(parse_dtype(dtype))
+    report = quantize_as_asked(source, loaded, rules_for(loaded, config, words), device)
+    export(source, loaded, out)
+    if as_json:
+        emit_json({"model": source.path, "out": out, **_summary(report)})
+        return
+    console = stdout()
+    console.print(_report_table(report))
+    console.print(_totals(report))
+    console.print(f"saved to [bold]{escape(str(out))}[/]; try: lowbit generate {escape(str(out))} --prompt '...'")
+
+
+def quantize_as_asked(
+    source: Source, model: Llama, rules: Mapping[str, Rule], device: str, title: str = "quantizing"
+) -> QuantizeReport:
+    """`quantize_` with a progress bar, calibrated on the packaged text where a config has static scales."""
+    configs = [parse_config(c) if isinstance(c, str) else c for c in rules.values() if c is not None]
+    static = any(is_static(c) for c in configs)
+    statistics = _calibrated(source, model) if static else None
+    with progress_bar(title) as update:
+        return quantize_(model, rules, device=device, calibration=statistics, progress=update)
+
+
+def _calibrated(source: Source, model: Llama) -> dict[str, Statistics]:
+    from lowbit.tools.evaluate import held_out_text
+
+    # The end of the packaged text; `eval` and the demo measure on its beginning.
+    ids = torch.tensor(source.tokenizer().encode(held_out_text()))
+    window = min(1024, model.config.max_positions)
+    stderr().print(f"calibrating static activation scales on {window} tokens of the packaged prose")
+    return calibrate(model, [ids[-window:].view(1, -1)])
+
+
+@command
+def verify(directory: Directory, as_json: Json = False, debug: Debug = False) -> int:
+    """Compare a checkpoint with its checksums, and every tensor with its dtype and shape.
+
+    Exit code 1 if anything is wrong.
+    """
+    result = checkpoint.verify(directory)
+    if as_json:
+        emit_json({**vars(result), "ok": result.ok})
+    elif result.ok:
+        stdout().print(f"[bold green]ok[/] {escape(str(result))}")
+    else:
+        stderr().print(f"[bold red]damaged[/] {escape(str(result))}")
+    return OK if result.ok else FAILED
+
+
+@command
+def load(directory: Directory, as_json: Json = False, debug: Debug = False) -> None:
+    """Rebuild every weight of a checkpoint, checksums compared, and list them."""
+    state = checkpoint.read(directory)
+    rows = [_stored(name, tensor) for name, tensor in state.items()]
+    if as_json:
+        emit_json({"directory": directory, "tensors": rows, "bytes": _state_bytes(state)})
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for title, side in (("tensor", "left"), ("shape", "right"), ("format", "left"), ("activation", "left"),
+                        ("bits/weight", "right"), ("MB", "right")):  # fmt: skip
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for r in rows:
+        table.add_row(
+            escape(r["name"]), "x".join(map(str, r["shape"])), r["format"], r["activation"] or "",
+            f"{r['bits_per_weight']:.3g}", megabytes(r["bytes"]),
+        )  # fmt: skip
+    console = stdout()
+    console.print(table)
+    quantized = sum(isinstance(t, QuantizedTensor) for t in state.values())
+    console.print(f"{len(rows)} tensors, {quantized} quantized, {megabytes(_state_bytes(state))} MB")
+
+
+def _stored(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    packed = isinstance(tensor, QuantizedTensor)
+    size = tensor.nbytes_packed if isinstance(tensor, QuantizedTensor) else tensor.numel() * tensor.element_size()
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "format": tensor.format.spec if isinstance(tensor, QuantizedTensor) else str(tensor.dtype)[6:],
+        "activation": tensor.act_spec if isinstance(tensor, QuantizedTensor) else None,
+        "quantized": packed,
+        "bits_per_weight": 8 * size / max(tensor.numel(), 1),
+        "bytes": size,
+    }
+
+
+def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:
+    distinct = {id(t): t for t in state.values()}
+    return sum(_stored("", t)["bytes"] for t in distinct.values())
+
+
+@command
+def inspect(
+    model: Model,
+    config: Annotated[
+        list[str] | None, typer.Option("--config", "-c", help="Schemes to try on float layers; may be repeated.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Per layer: range, outliers and how well each scheme would hold it; of quantized layers, how codes are used."""
+    source = find_source(model)
+    schemes = tuple(parse_config(c).spec for c in config) if config else SCHEMES
+    loaded = source.model(parse_dtype(dtype), device)
+    with progress_bar("inspecting") as update:
+        layers = inspect_model(loaded, schemes, update)
+    if as_json:
+        emit_json({"model": source.path, "layers": layers})
+        return
+    console = stdout()
+    floats = [layer for layer in layers if isinstance(layer, FloatLayer)]
+    packed = [layer for layer in layers if isinstance(layer, QuantizedLayer)]
+    if floats:
+        console.print(_float_table(floats, schemes))
+        console.print("[dim]outliers: weights beyond 6 standard deviations; excess kurtosis: 0 for a bell. Columns "
+                      "of schemes: signal to quantization noise in dB, 6 dB are one bit.[/]")  # fmt: skip
+    if packed:
+        console.print(_packed_table(packed))
+        console.print("[dim]entropy: bits per code that the codes carry; scales: smallest and largest in effect.[/]")
+
+
+def _float_table(layers: list[FloatLayer], schemes: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    for title in ("shape", "dtype", "lowest", "highest", "outliers", "kurtosis", *schemes):
+        table.add_column(title, justify="right")
+    for layer in layers:
+        rated = [x for x in layer.sqnr_db.values()]
+        cells = []
+        for spec in schemes:
+            value = layer.sqnr_db.get(spec)
+            style = "bold" if value is not None and value == max(rated) else ""
+            cells.append("" if value is None else f"[{style}]{value:.1f}[/]" if style else f"{value:.1f}")
+        table.add_row(
+            escape(layer.name), "x".join(map(str, layer.shape)), layer.dtype, f"{layer.lowest:.3g}",
+            f"{layer.highest:.3g}", f"{layer.outlier_ratio:.1e}" if layer.outlier_ratio else "0",
+            f"{layer.excess_kurtosis:.1f}", *cells,
+        )  # fmt: skip
+    return table
+
+
+def _packed_table(layers: list[QuantizedLayer]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    for title in ("shape", "format", "activation", "bits/weight", "codes used", "entropy", "scales", "MB"):
+        table.add_column(title, justify="right")
+    for layer in layers:
+        table.add_row(
+            escape(layer.name), "x".join(map(str, layer.shape)), layer.format, layer.activation,
+            f"{layer.bits_per_weight:.3f}", f"{layer.codes_used} of {layer.codes}", f"{layer.entropy_bits:.2f}",
+            f"{layer.scale_range[0]:.2e} - {layer.scale_range[1]:.2e}", megabytes(layer.bytes),
+        )  # fmt: skip
+    return table
+
+
+@command
+def explain(
+    model: Model,
+    config: Config = None,
+    rule: Rules = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Which kernel would run each layer, for how many tokens, and why not another."""
+    source = find_source(model)
+    words = parse_rules(rule or [])
+    if source.kind == "checkpoint" and (config or rule):
+        raise ValueError(f"{source.path} is quantized already; leave --config and --rule out")
+    if source.kind != "checkpoint" and not (config or rule):
+        raise ValueError("explain: give --config (such as int4wo-128): the model is not quantized")
+    loaded = source.model(parse_dtype(dtype), device)
+    if config or rule:
+        quantize_as_asked(source, loaded, rules_for(loaded, config, words), device)
+    explanation = explain_model(loaded)
+    runs = not any(r.kernel.startswith("none") for layer in explanation.layers for r in layer.ranges)
+    if as_json:
+        emit_json({"model": source.path, "explanation": explanation})
+    else:
+        stdout().print(escape(str(explanation)))
+    return OK if runs else FAILED
+
+
+# Reports -----------------------------------------------------------------------------------------
+
+
+def _summary(report: QuantizeReport) -> dict[str, Any]:
+    return {
+        "layers": report.layers,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "seconds": report.seconds,
+    }
+
+
+def _totals(report: QuantizeReport) -> str:
+    worst = report.worst
+    text = (
+        f"{len(report.quantized)} layers quantized, {len(report.skipped)} left alone; "
+        f"{megabytes(report.bytes_before)} MB -> [bold]{megabytes(report.bytes_after)} MB[/] in {report.seconds:.1f} s"
+    )
+    return text if worst is None else f"{text}; lowest SQNR {worst.sqnr_db:.1f} dB in {escape(worst.name)}"
+
+
+def _report_table(report: QuantizeReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for title, side in (("layer", "left"), ("shape", "right"), ("format", "left"), ("MB before", "right"),
+                        ("MB after", "right"), ("SQNR dB", "right"), ("note", "left")):  # fmt: skip
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for r in report.layers:
+        table.add_row(
+            escape(r.name), "x".join(map(str, r.shape)), r.format or "-", megabytes(r.bytes_before),
+            megabytes(r.bytes_after), "" if r.sqnr_db is None else f"{r.sqnr_db:.1f}", escape(_note(r)),
+        )  # fmt: skip
+    return table
+
+
+def _note(r: LayerReport) -> str:
+    return r.note or (f"skipped: {r.skipped}" if r.skipped else "")
