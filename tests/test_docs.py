@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import builtins
 import doctest
+import json
 import os
 import re
 import shlex
@@ -25,20 +26,28 @@ from pathlib import Path
 
 import docs_tables
 import pytest
+import tokenizers
 import torch
+import typer
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import lowbit
 from lowbit.checkpoint import CheckpointError
+from lowbit.cli.app import app
 from lowbit.errors import PAGES
 from lowbit.formats import registered
 from lowbit.formats.base import families, unregister
 from lowbit.kernels.select import KERNELS
+from lowbit.models import Llama, LlamaConfig
+from lowbit.tools.sources import huggingface_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 EVERY_PAGE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 EVERY_PAGE += sorted(DOCS.rglob("*.md"))
 ERROR_PAGES = sorted((DOCS / "errors").glob("*.md"))
+OTHER_PAGES = [p for p in EVERY_PAGE if p not in ERROR_PAGES]
 each_page = pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -108,7 +117,9 @@ def run_program(block: Block, directory: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", [p for p in EVERY_PAGE if p not in ERROR_PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [p for p in EVERY_PAGE if p not in ERROR_PAGES], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_python_examples_run(
     page: Path, namespace: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +146,57 @@ def test_marks_are_known() -> None:
         for block in blocks(page):
             assert known.fullmatch(block.mark), f"{page}:{block.line}: mark {block.mark!r}"
             assert block.language in ("python", "console", "text", "toml"), f"{page}:{block.line}: {block.language!r}"
+
+
+# Commands ----------------------------------------------------------------------------------------
+
+
+def write_model(directory: Path) -> None:
+    """A tiny random model whose tokens are bytes, in a Hugging Face directory: what MODEL is in the examples."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16,
+        max_positions=128, norm_eps=1e-5, rope_theta=10000.0,
+    )  # fmt: skip
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(huggingface_config(config)))
+    save_file(Llama(config).bfloat16().state_dict(), directory / "model.safetensors")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(directory / "tokenizer.json"))
+
+
+def check_names(words: list[str]) -> None:
+    """A command that is not run: the subcommand exists, and so does every option."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert words[0] in commands, words
+    options = {o for p in commands[words[0]].params for o in p.opts}
+    assert {w for w in words if re.match("--?[a-z]", w)} <= options, words
+
+
+@pytest.mark.parametrize("page", OTHER_PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    consoles = [b for b in blocks(page) if b.language == "console"]
+    if any(not b.not_run for b in consoles):
+        write_model(tmp_path / "model")
+    for block in consoles:
+        lines = [line[2:] for line in block.text.splitlines() if line.startswith("$ ")]
+        assert lines, f"{page}:{block.line}: a command begins with '$ '"
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            if words[0] == "make":
+                makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+                assert all(re.search(rf"^{w}:", makefile, re.M) for w in words[1:]), line
+            if words[0] != "lowbit":
+                assert block.not_run, f"{page}:{block.line}: only lowbit commands are run: {line}"
+            elif block.not_run:
+                check_names(words[1:])
+            else:
+                done = CliRunner().invoke(app, words[1:])
+                assert done.exit_code == 0, f"{page}:{block.line}: {line}\n{done.output}"
 
 
 # Links and tables --------------------------------------------------------------------------------
@@ -196,6 +258,11 @@ def test_kernels_page_has_the_table_of_kernels() -> None:
     assert shown == [kernel.name for kernel in KERNELS]
 
 
+def test_every_benchmark_is_described() -> None:
+    shown = {row["program"].strip("`") for row in tables(ROOT / "benchmarks" / "README.md")}
+    assert shown == {p.name for p in (ROOT / "benchmarks").glob("*.py")}
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -219,9 +286,8 @@ def test_error_page_explains_and_shows_its_error(page: Path, namespace: dict[str
     for block in blocks(page):
         if block.mark.startswith("raises "):
             raising += 1
-            with pytest.raises(Exception) as caught:
+            with pytest.raises(error_type(block)) as caught:
                 execute(page, block, namespace)
-            assert isinstance(caught.value, error_type(block))
             assert str(caught.value).endswith(f"[lowbit: {page.stem}]"), str(caught.value)
         elif block.language == "python":
             execute(page, block, namespace)

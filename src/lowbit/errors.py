@@ -25,7 +25,7 @@ PAGES: dict[str, str] = {
     "no-layer-selected": "`filter_fn` chose no layer, so nothing would be quantized.",
     "nonfinite-weight": "A weight holds NaN or Inf.",
     "nothing-quantized": "`explain` was given a model without quantized linear layers.",
-    "op-not-defined": "A PyTorch operation was called on a quantized weight that has no meaning without dequantizing it.",
+    "op-not-defined": "A PyTorch operation was called on a quantized weight that cannot be done on packed codes.",
     "rule-without-match": "A rule names no layer of the model.",
     "unknown-config": "A config's short name does not exist, or something else was given in its place.",
     "unknown-format": "A format spec begins with a word that no family has.",
