@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from torch import nn
 
 from lowbit import QuantizedTensor, quantize_
 from lowbit.checkpoint import CheckpointError, load, read, save, verify
+from lowbit.checkpoints.files import json_bytes
 
 INDEX, CONFIG, MANIFEST = "model.safetensors.index.json", "config.json", "lowbit_manifest.json"
 SECTION = "quantization_config"
@@ -275,6 +278,61 @@ def test_an_index_leads_nowhere_else(directory: Path, name: object) -> None:
 
     edit_json(directory / INDEX, redirect)
     assert "in the same directory" in problems(directory, check=False)
+
+
+# Anything at all ------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_a_file_says_the_error_is_ours(directory: Path) -> None:
+    """Random changes of every file, JSON values included, with and without a manifest that vouches for them."""
+    rng = random.Random(0)
+    original = {p.name: p.read_bytes() for p in directory.iterdir()}
+    refused = 0
+    for _ in range(200):
+        name = rng.choice(sorted(original))
+        content = mutated(rng, name, original[name])
+        (directory / name).write_bytes(content)
+        if without := rng.random() < 0.3:
+            (directory / MANIFEST).unlink()
+        for check in (True, False):
+            try:
+                load(empty(), directory, verify=check)
+            except CheckpointError:
+                refused += 1
+        verify(directory)
+        (directory / name).write_bytes(original[name])
+        if without:
+            (directory / MANIFEST).write_bytes(original[MANIFEST])
+    assert refused > 200
+    assert verify(directory).ok
+
+
+VALUES = (None, -1, 0, 1.5, True, "x", [], {}, [1], {"a": 1}, "int4:g0", "re:(", 10**30, [-1, 3], "F32", "../x")
+PIECES = (b"[", b"9" * 30, b'"a"', b"null", b"-1", b"{}", b"true", b"1e400", b"\xff")
+
+
+def mutated(rng: random.Random, name: str, content: bytes) -> bytes:
+    if name.endswith(".json") and rng.random() < 0.7:
+        data = json.loads(content)
+        node = data
+        while True:
+            key = rng.choice(sorted(node)) if isinstance(node, dict) else rng.randrange(len(node))
+            if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.8:
+                node = node[key]
+                continue
+            node[key] = rng.choice(VALUES)
+            break
+        if name != MANIFEST:
+            return json.dumps(data).encode()
+        data.pop("sha256", None)  # a manifest that agrees with itself
+        return json_bytes(data | {"sha256": hashlib.sha256(json_bytes(data)).hexdigest()})
+    out = bytearray(content)
+    at = rng.randrange(min(len(out), 900))
+    if rng.random() < 0.5:
+        out[at : at + rng.randrange(20)] = b""
+    else:
+        out[at:at] = rng.choice(PIECES)
+    return bytes(out)
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from lowbit.formats.base import Format, parse_format
 from lowbit.tensor import QuantizedTensor
 
 VERSION = 1
+T = TypeVar("T")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -141,10 +142,10 @@ class Manifest:
             raise ValueError("it lists files outside its directory")
         return cls(
             tool=str(data["tool"]),
-            files={name: Digest(f["sha256"], f["bytes"]) for name, f in data["files"].items()},
-            tensors={name: TensorInfo(DTYPES[t["dtype"]], tuple(t["shape"])) for name, t in data["tensors"].items()},
+            files={name: Digest(_is(str, f["sha256"]), _is(int, f["bytes"])) for name, f in data["files"].items()},
+            tensors={name: TensorInfo(DTYPES[t["dtype"]], _shape(t["shape"])) for name, t in data["tensors"].items()},
             weights={name: _weight_from_json(w) for name, w in data["weights"].items()},
-            tied={str(name): str(other) for name, other in data["tied"].items()},
+            tied={name: _is(str, other) for name, other in data["tied"].items()},
         )
 
 
@@ -155,8 +156,21 @@ def _weight_to_json(w: StoredWeight) -> dict[str, Any]:
 
 def _weight_from_json(data: dict[str, Any]) -> StoredWeight:
     weight, act = parse_spec(data["format"])
-    shape, dtype = tuple(data["shape"]), DTYPES[data["dtype"]]
-    if len(shape) < 2 or not all(type(size) is int and size >= 0 for size in shape) or dtype not in _FLOATS:
+    shape, dtype = _shape(data["shape"]), DTYPES[data["dtype"]]
+    if len(shape) < 2 or dtype not in _FLOATS:
         raise ValueError(f"a weight cannot be {data['dtype']} {data['shape']}")
     exact = {name: float.fromhex(value) for name, value in data.get("exact", {}).items()}
     return StoredWeight(weight, act, shape, dtype, exact)
+
+
+def _is(kind: type[T], value: Any) -> T:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    shape = tuple(_is(int, size) for size in _is(list, sizes))
+    if not all(0 <= size < 2**63 for size in shape):
+        raise ValueError(f"a tensor cannot have shape {sizes}")
+    return shape
