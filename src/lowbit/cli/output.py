@@ -88,7 +88,7 @@ def _report(error: Exception, code: int, kwargs: dict[str, Any]) -> int:
     if kwargs.get("as_json"):
         emit_json({"error": message, "kind": type(error).__name__})
     else:
-        stderr().print(f"[bold red]error:[/] {escape(message)}")
+        stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     return code
 
 

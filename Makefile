@@ -1,0 +1,72 @@
+# `make demo` and `make test` are all that a newcomer needs; the rest is for those who change the code.
+#
+#   PYTHON=python3.12        the interpreter that makes the environment
+#   TORCH=2.11.0             another version of torch
+#   PIP_FLAGS='--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple'
+#                            where torch comes from: its CPU wheels are smaller where there is no GPU
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+PIP_FLAGS ?=
+DEMO ?=
+PYTEST ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+
+.PHONY: help demo test test-gpu lint format bench clean
+
+help:
+	@echo "make demo      quantize a real language model in every format; HTML report (DEMO=--quick: under a minute)"
+	@echo "make test      the tests that need no GPU        make test-gpu  the tests that need one"
+	@echo "make lint      ruff and mypy                     make format    let ruff rewrite"
+	@echo "make bench     kernels against bf16 on a GPU     make clean     remove everything made here"
+
+demo: $(VENV)/.cli
+	$(BIN)/lowbit demo $(DEMO)
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(PYTEST)
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.cli
+	$(BIN)/python benchmarks/gpu_smoke.py
+
+# One stamp per set of packages: nothing is installed twice, and pyproject.toml decides when something is stale.
+$(VENV)/.torch:
+	@echo "making $(VENV) and installing torch $(TORCH); this takes minutes the first time"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "lowbit needs Python 3.10 or newer; give one with PYTHON=..."; exit 2; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(PIP_FLAGS) "torch==$(TORCH)"
+	@touch $@
+
+$(VENV)/.cli: $(VENV)/.torch pyproject.toml
+	@echo "installing lowbit[cli]"
+	@$(PIP) $(PIP_FLAGS) -e ".[cli]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "installing lowbit[test]"
+	@$(PIP) $(PIP_FLAGS) -e ".[test]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	@echo "installing lowbit[cli,lint]"
+	@$(PIP) $(PIP_FLAGS) -e ".[cli,lint]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lowbit-demo.html lowbit-demo.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,354 @@
+"""Every command on a tiny model: its output, its JSON, its exit codes and its messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model_dir import CONFIG, write_model
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli.app import app
+from lowbit.models.tokenizer import load_tokenizer
+from lowbit.specs import EXAMPLES
+from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
+
+COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "doctor")
+SMALL = ("--tokens", "100", "--window", "50")
+
+
+def run(*words: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert "Traceback" not in result.output
+    return result
+
+
+def document(*words: object, code: int = 0):
+    """The command's `--json`: exactly one document on stdout, with no NaN or Inf in it."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(run(*words, "--json", code=code).stdout, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), template=True)
+
+
+@pytest.fixture(scope="module")
+def quantized(model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "int4"
+    run("quantize", model, out, "--config", "int4wo-32")
+    return out
+
+
+# quantize, verify, load --------------------------------------------------------------------------
+
+
+def test_a_quantized_directory_is_a_model(model, quantized):
+    source = find_source(str(quantized))
+    assert source.kind == "checkpoint"
+    loaded, original = source.model(), find_source(str(model)).model()
+    lowbit.quantize_(original, {"_default": "int4wo-32", "lm_head": None})
+    ids = torch.arange(12).view(1, -1)
+    assert torch.equal(loaded(ids), original(ids))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert source.tokenizer().encode("sky") == find_source(str(model)).tokenizer().encode("sky")
+    assert source.tokenizer().chat_template == find_source(str(model)).tokenizer().chat_template
+
+
+def test_quantize_says_what_it_did(model, tmp_path):
+    got = document("quantize", model, tmp_path / "o", "-c", "int8wo", "--rule", "re:.*down_proj=int4wo-32",
+                   "--rule", "model.layers.0.self_attn.q_proj=none")  # fmt: skip
+    formats = {layer["name"]: layer["format"] for layer in got["layers"]}
+    assert formats["model.layers.1.mlp.down_proj"] == "int4:g32:asym"
+    assert formats["model.layers.1.mlp.up_proj"] == "int8:row"
+    assert formats["model.layers.0.self_attn.q_proj"] is None
+    assert formats["lm_head"] is None
+    assert got["bytes_after"] < got["bytes_before"]
+    text = run("quantize", model, tmp_path / "p", "-c", "int8wo", "--rule", "lm_head=int8wo").stdout
+    assert "15 layers quantized, 0 left alone" in text
+
+
+def test_static_configs_are_calibrated(model, tmp_path):
+    run("quantize", model, tmp_path / "o", "-c", "float8sq")
+    weight = find_source(str(tmp_path / "o")).model().model.layers[0].mlp.up_proj.weight
+    assert weight.act_scale is not None
+    assert 0 < float(weight.act_scale) < 1
+
+
+def test_dtype(model, tmp_path):
+    run("quantize", model, tmp_path / "o", "-c", "int8wo", "--dtype", "float16")
+    assert find_source(str(tmp_path / "o")).model().model.norm.weight.dtype == torch.float16
+    run("generate", tmp_path / "o", "-p", "x", "--dtype", "float16", code=2)
+
+
+def test_verify_finds_damage(quantized, tmp_path):
+    assert document("verify", quantized)["ok"] is True
+    assert "ok" in run("verify", quantized).stdout
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in quantized.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    got = document("verify", copy, code=1)
+    assert got["ok"] is False
+    assert "model.safetensors" in " ".join(got["problems"])
+    assert "model.safetensors" in run("verify", copy, code=1).stderr
+    run("load", copy, code=2)
+    run("generate", copy, "-p", "x", code=2)
+
+
+def test_load_lists_every_tensor(quantized):
+    got = document("load", quantized)
+    formats = {t["name"]: t["format"] for t in got["tensors"]}
+    assert formats["model.layers.0.mlp.up_proj.weight"] == "int4:g32:asym"
+    assert formats["model.norm.weight"] == "bfloat16"
+    assert sum(t["quantized"] for t in got["tensors"]) == 14
+    assert "14 quantized" in run("load", quantized).stdout
+
+
+# generate, eval ----------------------------------------------------------------------------------
+
+
+def test_generate(model, quantized):
+    for words in (("generate", model, "--config", "int4wo-32"), ("generate", quantized)):
+        shown = run(*words, "--prompt", "the sky", "--max-new-tokens", 5)
+        got = document(*words, "--prompt", "the sky", "--max-new-tokens", 5)
+        assert shown.stdout == got["text"] + "\n"
+        assert "tokens/s" in shown.stderr
+        assert got["new_tokens"] == 5
+        assert got["prompt_tokens"] == len("the sky") + 1, "the template adds the end token"
+    assert document("generate", model, "-p", "the sky", "--raw", "--max-new-tokens", 1)["prompt_tokens"] == 7
+
+
+def test_draws_follow_the_seed(model):
+    words = ("generate", model, "-p", "a", "--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--max-new-tokens", 8)
+    texts = [document(*words, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_character_of_several_tokens_is_shown_when_complete(model, capsys):
+    from lowbit.cli.language import _Stream
+
+    tokenizer = load_tokenizer(model)
+    stream, shown = _Stream(tokenizer, shown=True), []
+    for token in tokenizer.encode("aä€b"):
+        stream(torch.tensor([token]))
+        shown.append(capsys.readouterr().out)
+    stream.end()
+    assert shown == ["a", "", "ä", "", "", "€", "b"]
+    assert stream.text == "aä€b"
+
+
+def test_eval_compares_with_the_original(model, quantized):
+    got = document("eval", model, "-c", "int8wo", "-c", "int4wo-32", *SMALL)["results"]
+    assert [r["config"] for r in got] == ["bfloat16", "int8wo", "int4wo-32"]
+    assert got[0]["kl_mean"] == pytest.approx(0, abs=1e-5)
+    assert 0 < got[1]["kl_mean"] < got[2]["kl_mean"]
+    assert got[0]["bytes"] > got[1]["bytes"] > got[2]["bytes"]
+    other = document("eval", quantized, "--original", model, *SMALL)["results"]
+    assert [r["config"] for r in other] == ["original", "quantized"]
+    assert other[1]["kl_mean"] == got[2]["kl_mean"]
+    alone = document("eval", quantized, *SMALL)["results"]
+    assert alone[0]["perplexity"] == got[2]["perplexity"]
+    assert alone[0]["kl_mean"] is None
+
+
+def test_eval_prints_a_table_and_takes_a_text(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the sky is blue " * 20, encoding="utf-8")
+    shown = run("eval", model, "-c", "int8wo", "--text", text, *SMALL).stdout
+    assert "int8wo" in shown
+    assert "perplexity" in shown
+    plain = document("eval", model, *SMALL)["results"][0]["perplexity"]
+    assert document("eval", model, "--text", text, *SMALL)["results"][0]["perplexity"] != plain
+
+
+# inspect, explain, doctor, demo ------------------------------------------------------------------
+
+
+def test_inspect(model, quantized):
+    got = document("inspect", model, "-c", "int8wo", "-c", "int4wo-32")["layers"]
+    layer = next(x for x in got if x["name"] == "model.layers.0.mlp.up_proj")
+    assert set(layer["sqnr_db"]) == {"int8wo", "int4wo-32"}
+    assert layer["sqnr_db"]["int8wo"] > layer["sqnr_db"]["int4wo-32"] + 15
+    packed = document("inspect", quantized)["layers"]
+    assert {x["format"] for x in packed if "format" in x} == {"int4:g32:asym"}
+    assert "codes used" in run("inspect", quantized).stdout
+    assert "kurtosis" in run("inspect", model, "-c", "int8wo").stdout
+
+
+def test_explain(model, quantized):
+    got = document("explain", model, "--config", "int4wo-32")["explanation"]
+    assert len(got["layers"]) == 14
+    assert got == document("explain", quantized)["explanation"]
+    assert "kernels on cpu" in run("explain", quantized).stdout
+
+
+def test_doctor_lists_every_config():
+    got = document("doctor", "--device", "cpu")
+    assert [c["config"] for c in got["configs"]] == list(EXAMPLES)
+    shown = run("doctor", "--device", "cpu").stdout
+    assert all(spec in shown for spec in EXAMPLES)
+    assert f"all {len(EXAMPLES)} configs run here" in shown
+
+
+def test_demo(model, tmp_path, monkeypatch):
+    from lowbit.cli import machine
+    from lowbit.tools.demo import DemoPlan
+
+    plan = DemoPlan(("int8wo", "int3wo-64"), tokens=100, window=50, new_tokens=5)
+    monkeypatch.setattr(machine, "QUICK", plan)
+    out = tmp_path / "deep" / "report.html"
+    shown = run("demo", "--quick", "--model", model, "--out", out).stdout
+    assert all(word in shown for word in ("bf16", "int8wo", "int3wo-64", str(out)))
+    assert "grid" not in shown, "a note about the demo's own model"
+    data = json.loads(out.with_suffix(".json").read_text())
+    assert [r["config"] for r in data["rows"]] == ["bf16", *plan.configs]
+    assert out.read_text().startswith("<!doctype html>")
+    got = document("demo", "--quick", "--model", model, "--out", out)
+    assert [r["config"] for r in got["rows"]] == ["bf16", *plan.configs]
+
+
+def test_the_demo_says_what_its_own_model_flatters(model, tmp_path, monkeypatch):
+    from lowbit.cli import machine
+    from lowbit.tools.demo import DemoPlan
+    from lowbit.tools.sources import Source
+
+    monkeypatch.setattr(machine, "FULL", DemoPlan(("int8wo",), tokens=60, window=60, new_tokens=2))
+    monkeypatch.setattr(machine, "find_source", lambda name: Source(name, model, "huggingface"))
+    out = tmp_path / "r.html"
+    assert "4-bit grid" in " ".join(run("demo", "--out", out).stdout.split())
+    assert "4-bit grid" in out.read_text()
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("quantize", "MODEL", "OUT"), "--config"),
+        (("quantize", "MODEL", "OUT", "-c", "int9wo"), "unknown config"),
+        (("quantize", "MODEL", "OUT", "-c", "int8wo", "-r", "down_proj"), "NAME=CONFIG"),
+        (("quantize", "MODEL", "OUT", "-c", "int8wo", "-r", "nothing=int8wo"), "match no layer"),
+        (("quantize", "MODEL", "OUT", "-c", "int8wo", "--dtype", "int8"), "--dtype"),
+        (("quantize", "QUANTIZED", "OUT", "-c", "int8wo"), "quantized already"),
+        (("quantize", "nowhere", "OUT", "-c", "int8wo"), "does not exist"),
+        (("inspect", "EMPTY"), "is none of these"),
+        (("verify", "nowhere"), "nowhere"),
+        (("load", "EMPTY"), "EMPTY"),
+        (("generate", "MODEL", "-p", "x", "--temperature", "-1"), "temperature"),
+        (("generate", "MODEL", "-p", "x", "--max-new-tokens", "100000"), "context"),
+        (("eval", "MODEL", "--tokens", "1"), "--tokens"),
+        (("eval", "MODEL", "--text", "nowhere.txt"), "nowhere.txt"),
+        (("eval", "MODEL", "--original", "MODEL"), "--original"),
+        (("explain", "MODEL"), "--config"),
+        (("explain", "QUANTIZED", "-c", "int8wo"), "quantized already"),
+        (("demo", "--model", "QUANTIZED"), "quantized already"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_code_2(words, message, model, quantized, tmp_path):
+    (tmp_path / "empty").mkdir()
+    places = {"MODEL": model, "QUANTIZED": quantized, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty"}
+    words = [places.get(w, w) for w in words]
+    message = str(places.get(message, message))
+    result = run(*words, code=2)
+    shown = " ".join(result.stderr.split())
+    assert shown.startswith("error: ")
+    assert message in shown.replace(" ", "") or message in shown
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert message in document(*words, code=2)["error"]
+
+
+def test_what_fails_while_running_is_code_1(monkeypatch, model):
+    from lowbit.tools import sources
+
+    def offline() -> Path:
+        raise RuntimeError("could not download it")
+
+    monkeypatch.setattr(sources, "demo_model", offline)
+    assert "could not download it" in run("inspect", "demo", code=1).stderr
+
+
+def test_debug_shows_where(model, tmp_path):
+    with pytest.raises(ValueError, match="unknown config"):
+        CliRunner().invoke(app, ["quantize", str(model), str(tmp_path), "-c", "x", "--debug"], catch_exceptions=False)
+
+
+def test_usage_errors_are_code_2():
+    for words in (("quantize",), ("nonsense",), ("doctor", "--nonsense")):
+        run(*words, code=2)
+
+
+def test_every_command_has_help():
+    shown = run("--help").stdout
+    for name in COMMANDS:
+        assert name in shown
+        assert run(name, "--help").stdout.count("--json") == 1
+    assert lowbit.__version__ in run("--version").stdout
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_missing_packages_are_named_with_the_pip_command(missing):
+    hide = (
+        "import importlib.util as u, sys; real = u.find_spec; "
+        f"u.find_spec = lambda n, *a: None if n == {missing!r} else real(n, *a); "
+        "from lowbit.cli import main; main()"
+    )
+    path = str(Path(lowbit.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", hide], capture_output=True, text=True, env={"PYTHONPATH": path}, timeout=120
+    )
+    assert done.returncode == 2
+    assert missing in done.stderr
+    assert "pip install 'lowbit[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# A GGUF file's configuration and tokenizer as files of a directory -------------------------------
+
+
+def test_configuration_survives(model):
+    from dataclasses import replace
+
+    from lowbit.models import LlamaConfig
+
+    kinds = [
+        CONFIG, replace(CONFIG, qkv_bias=True), replace(CONFIG, qkv_bias=True, o_bias=True),
+        replace(CONFIG, qk_norm=True), replace(CONFIG, rope_divisors=(4.0,) * 8), replace(CONFIG, mlp_bias=True),
+    ]  # fmt: skip
+    for config in kinds:
+        assert LlamaConfig.from_huggingface(huggingface_config(config, (0,))) == config
+    with pytest.raises(ValueError, match="its own factor"):
+        huggingface_config(replace(CONFIG, rope_divisors=(1.0, 2.0)))
+
+
+@pytest.mark.parametrize("bos", [None, 3])
+def test_a_tokenizer_survives(model, tmp_path, bos):
+    from dataclasses import replace
+
+    tokenizer = replace(load_tokenizer(model), bos_id=bos, special={"eos_token": "<|end|>"})
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.encode("the sky, ä") == tokenizer.encode("the sky, ä")
+    assert again.decode(again.encode("the sky")) == tokenizer.decode(tokenizer.encode("the sky"))
+    assert again.eos_ids == tokenizer.eos_ids
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_rules_are_parsed():
+    assert parse_rules(["a=int8wo", "re:x=y.*=none"]) == {"a": "int8wo", "re:x=y.*": None}
