@@ -156,6 +156,8 @@ def test_a_new_format_needs_nothing_here(tmp_path: Path) -> None:
         unregister("toy")
     with pytest.raises(CheckpointError, match="toy"):
         load(meta(), tmp_path)
+    with pytest.raises(CheckpointError, match="toy:g32, which is not registered"):
+        save(model, tmp_path)
 
 
 def test_global_scales_without_an_exact_inverse(tmp_path: Path) -> None:
@@ -435,6 +437,15 @@ def test_a_static_activation_without_its_scale(tmp_path: Path) -> None:
     put(model, "up", QuantizedTensor.from_float(model.up.weight, fmt, Activation(fmt, static=True)))
     with pytest.raises(CheckpointError, match="calibrated"):
         save(model, tmp_path)
+
+
+def test_fp64_weights(tmp_path: Path) -> None:
+    model = net(torch.float64)
+    quantize_(model, {"up": "int8wo"}, measure=False)
+    with pytest.raises(CheckpointError, match=r"up.weight computes in torch.float64"):
+        save(model, tmp_path)
+    model.float()
+    round_trip(model, tmp_path)
 
 
 def test_weights_of_others_are_not_overwritten(tmp_path: Path) -> None:

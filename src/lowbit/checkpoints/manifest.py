@@ -32,7 +32,8 @@ from lowbit.tensor import QuantizedTensor
 
 VERSION = 1
 T = TypeVar("T")
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+#: What a quantized weight may compute in.
+LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class StoredWeight(NamedTuple):
@@ -157,7 +158,7 @@ def _weight_to_json(w: StoredWeight) -> dict[str, Any]:
 def _weight_from_json(data: dict[str, Any]) -> StoredWeight:
     weight, act = parse_spec(data["format"])
     shape, dtype = _shape(data["shape"]), DTYPES[data["dtype"]]
-    if len(shape) < 2 or dtype not in _FLOATS:
+    if len(shape) < 2 or dtype not in LOGICAL_DTYPES:
         raise ValueError(f"a weight cannot be {data['dtype']} {data['shape']}")
     exact = {name: float.fromhex(value) for name, value in data.get("exact", {}).items()}
     return StoredWeight(weight, act, shape, dtype, exact)

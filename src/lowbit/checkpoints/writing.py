@@ -24,7 +24,7 @@ from lowbit.checkpoints.files import (
     is_ours,
 )
 from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
-from lowbit.checkpoints.manifest import Manifest, StoredWeight
+from lowbit.checkpoints.manifest import LOGICAL_DTYPES, Manifest, StoredWeight, parse_spec
 from lowbit.tensor import QuantizedTensor
 
 
@@ -116,6 +116,14 @@ def _unfit(name: str, value: Any) -> list[str]:
         return [] if known else [f"{name} is a {value.layout} tensor of {value.dtype}, which safetensors cannot hold"]
     if value.transposed:
         return [f"{name} is a transposed view; store the weight itself"]
+    try:
+        known = parse_spec(StoredWeight.of(value).spec) == (value.format, value.act)
+    except ValueError:
+        known = False
+    if not known:
+        return [f"{name} has format {value.format.spec}, which is not registered, so that nothing could load it"]
+    if value.dtype not in LOGICAL_DTYPES:
+        return [f"{name} computes in {value.dtype}; quantized weights compute in bf16, fp16 or fp32: use .to(dtype)"]
     return _bad_scales(name, value)
 
 
