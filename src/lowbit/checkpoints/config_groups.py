@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,18 +101,21 @@ class Group:
     weight: Format
     act: Activation | None
 
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.targets)
+
     def rank(self, layer: str) -> int | None:
         """How closely a target names the layer: 0 its name, 1 a pattern, 2 a class; None if none does."""
-        ranks = []
-        for target in self.targets:
-            if target == layer:
-                ranks.append(0)
-            elif target.startswith("re:"):
-                if re.match(target[3:], layer):
-                    ranks.append(1)
-            elif target == "Linear":
-                ranks.append(2)
-        return min(ranks, default=None)
+        if layer in self._names:
+            return 0
+        if any(_matches(target, layer) for target in self.targets):
+            return 1
+        return 2 if "Linear" in self._names else None
+
+
+def _matches(target: str, layer: str) -> bool:
+    return target.startswith("re:") and re.match(target[3:], layer) is not None
 
 
 class Section:
@@ -143,7 +147,7 @@ class Section:
 
     def group_of(self, layer: str) -> Group | None:
         """The group whose target names the layer most closely, the first of equals; None if it is ignored."""
-        if any(i == layer or (i.startswith("re:") and re.match(i[3:], layer)) for i in self.ignore):
+        if layer in self.ignore or any(_matches(i, layer) for i in self.ignore):
             return None
         ranked = [(rank, i) for i, g in enumerate(self.groups) if (rank := g.rank(layer)) is not None]
         return self.groups[min(ranked)[1]] if ranked else None

@@ -165,13 +165,18 @@ class Checkpoint:
             return
         config = read_json(self.path / CONFIG)
         dtype = DTYPES.get(_DTYPE_WORDS.get(str(config.get("dtype") or config.get("torch_dtype")), ""), torch.bfloat16)
-        ends = (".weight_packed", ".weight_scale")
-        for layer in sorted({t.rpartition(".")[0] for t in self.files.info if t.endswith(ends)}):
+        layers: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.files.info.items():
+            layer, dot, leaf = name.rpartition(".")
+            if dot:
+                layers.setdefault(layer, {})[leaf] = info
+        for layer, within in sorted(layers.items()):
+            if not within.keys() & {"weight_packed", "weight_scale"}:
+                continue
             group = section.group_of(layer)
             if group is None:
                 self.problems.append(f"{layer} has quantized tensors, but no group of {CONFIG} names it")
                 continue
-            within = {t.rpartition(".")[2]: i for t, i in self.files.info.items() if t.rpartition(".")[0] == layer}
             shape = self.files.get(f"{layer}.weight_shape") if "weight_shape" in within else None
             try:
                 w = infer(layer, group, within, shape, dtype)
@@ -221,6 +226,7 @@ class Checkpoint:
                 self.problems.append(f"{where}: {leaf.name} stands for {found}, the manifest says {exact}")
 
 
+_FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -259,9 +265,9 @@ def misfits(checkpoint: Checkpoint, model: nn.Module, targets: Mapping[str, Any]
         if w is not None and w.act is not None and not isinstance(layers[name.rpartition(".")[0]], nn.Linear):
             kind = type(layers[name.rpartition(".")[0]]).__name__
             problems.append(f"{name} quantizes activations ({w.spec}), which needs a Linear; the model has a {kind}")
-        floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-        if w is None and found.dtype != target.dtype and not (found.dtype in floats and target.dtype in floats):
-            problems.append(f"{name} is {found}, the model has {target.dtype}: codes without their scales?")
+        if w is None and found.dtype != target.dtype and not {found.dtype, target.dtype} <= _FLOATS:
+            why = ": codes without their scales?" if target.dtype in _FLOATS and found.dtype.itemsize == 1 else ""
+            problems.append(f"{name} is {found}, the model has {target.dtype}{why}")
     groups: dict[int, list[str]] = {}
     for name, target in targets.items():
         groups.setdefault(id(target), []).append(name)
