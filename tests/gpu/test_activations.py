@@ -108,7 +108,6 @@ def test_linear_is_right(weight: str, spec: str, m: int, n: int, k: int, dtype: 
         ("float8_e4m3:row", "float8_e4m3:row", "cublas_scaled_mm"),
         ("float8_e5m2:row", "float8_e5m2:row", "triton_scaled_mm"),
         ("int8:row", "int8:row", "triton_scaled_mm"),
-        ("int8:row:asym", "int8:row", "triton_weight_only"),
     ],
 )
 def test_8bit_pairs_use_matrix_units(weight: str, spec: str, kernel: str) -> None:

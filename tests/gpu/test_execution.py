@@ -86,7 +86,7 @@ def test_slow_paths_are_never_chosen(fmt: Format) -> None:
     for act in ("", "int8:row", "float8_e4m3:row", "float8_e4m3:g128", "mxfp8_e4m3", "nvfp4"):
         for m in (1, 16, 17, 128, 129, 4096):
             kernel = select(Problem(m, 4096, 4096, fmt.spec, act, BF16, "cuda", arch)).kernel
-            assert kernel.name.startswith(("triton_", "cublas_")), f"{act} M = {m}: {kernel.name}"
+            assert kernel.name not in ("torch_blocked", "reference"), f"{act} M = {m}"
 
 
 @dataclass(frozen=True)

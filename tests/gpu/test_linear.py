@@ -29,7 +29,11 @@ SHAPES = [
 def test_linear_is_right(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype, with_bias: bool) -> None:
     w, x = weight_on_gpu(fmt, n, k), inputs(m, k, dtype)
     bias = torch.linspace(-1, 1, n, dtype=dtype, device="cuda") if with_bias else None
-    assert_close(F.linear(x, w, bias), expected(x, w, bias), fmt, dtype)
+    reference = expected(x, w, bias)
+    assert_close(F.linear(x, w, bias), reference, fmt, dtype)
+    # The portable kernels too, where a faster one is chosen.
+    with use_kernel("triton_weight_only" if m <= 128 else "triton_chunked"):
+        assert_close(F.linear(x, w, bias), reference, fmt, dtype)
 
 
 @each_format

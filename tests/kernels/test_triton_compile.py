@@ -14,7 +14,7 @@ from triton_compile import Launch, launches_of
 
 from lowbit.formats import Format, parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.triton import act_quant, dequant, scaled_mm, weight_only
+from lowbit.kernels.triton import act_quant, decode_packed, dequant, scaled_mm, weight_only
 
 MODULES = [act_quant, dequant, scaled_mm, weight_only]
 # Shared memory that one block can have: A100, and H100.
@@ -26,9 +26,12 @@ ACTIVATIONS = (
 
 
 @pytest.fixture(autouse=True)
-def _many_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configurations as on an H100, splits along K included."""
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Configurations as on the GPU: splits along K, inline assembly, float8 conversions where it has them."""
+    arch = request.node.callspec.params["arch"]
     monkeypatch.setattr(weight_only, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(weight_only, "has_native_float8", lambda device: arch >= 89)
+    monkeypatch.setattr(decode_packed, "uses_ptx", lambda device: True)
 
 
 def empty_planes(fmt: Format, n: int, k: int) -> dict[str, torch.Tensor]:

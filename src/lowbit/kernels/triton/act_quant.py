@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats.activation import Activation
-from lowbit.formats.base import LARGEST_WEIGHT, MIN_SCALE, Format, divide, safe_scale
+from lowbit.formats.base import LARGEST_WEIGHT, MIN_SCALE, Format
 from lowbit.formats.elements import FloatElement, IntElement
 from lowbit.formats.fp8 import E4M3, Float8Format
 from lowbit.formats.int import IntFormat
@@ -149,6 +149,16 @@ def row_amax_kernel(x, amax, M, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tensor_scale_kernel(amax, scale, M, TOP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """The scale of a tensor from its rows' largest magnitudes `(M,)`, by one program."""
+    best = tl.zeros((BLOCK,), dtype=tl.int32)
+    for m0 in range(0, M, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        best = tl.maximum(best, _magnitude(tl.load(amax + m, mask=m < M, other=0.0)))
+    tl.store(scale, _safe(tl.div_rn(tl.max(best, axis=0).to(tl.float32, bitcast=True), TOP), R))
+
+
+@triton.jit
 def quantize_rows_kernel(
     x, operand, scales, static_scale, M, K, R: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -240,19 +250,16 @@ def _row_block(k: int) -> int:
     return min(BLOCK, max(16, 1 << (k - 1).bit_length()))
 
 
-def _row_amax(x: Tensor) -> Tensor:
-    m, k = x.shape
-    amax = torch.empty(m, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        row_amax_kernel[(m,)](x, amax, m, k, BLOCK=_row_block(k), num_warps=4, **OPTIONS)
-    return amax
-
-
 def _tensor_scale(x: Tensor, rule: Rule) -> Tensor:
     """fp32 `(1, 1)`: the scale of the whole tensor, or NVFP4's outer scale."""
+    m, k = x.shape
     top = rule.top * E4M3.max if rule.scaling == "nvfp4" else rule.top
-    amax = _row_amax(x).amax().reshape(1, 1)
-    return safe_scale(divide(amax, top))
+    amax = torch.empty(m, dtype=torch.float32, device=x.device)
+    scale = torch.empty(1, 1, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        row_amax_kernel[(m,)](x, amax, m, k, BLOCK=_row_block(k), num_warps=4, **OPTIONS)
+        tensor_scale_kernel[(1,)](amax, scale, m, TOP=top, R=rule, BLOCK=_row_block(m), num_warps=4, **OPTIONS)
+    return scale
 
 
 def quantize(

@@ -28,7 +28,7 @@ _SCALE_PLANES = ("scale", "zero_point", "outer_scale", "scale_offset")
 class Tiles:
     """One plane beside the codes: how it stores numbers and how many weights `(n, k)` one of them covers; 0: all."""
 
-    kind: str  # "number" for dtypes that convert to fp32, "e8m0", "e4m3"; "" for a plane the format lacks
+    kind: str  # "number" (converts to fp32), "narrow" (every value fits bf16), "e8m0", "e4m3"; "" for none
     n: int = 0
     k: int = 0
 
@@ -54,6 +54,11 @@ class Layout:
     outer: Tiles
     shift: Tiles
 
+    @property
+    def parts(self) -> int:
+        """Weights that one byte of codes stands for, or 0 if codes are spread over several planes."""
+        return 0 if self.w1 else self.vector * 8 // self.w0
+
     def scale_fits(self, step: int) -> bool:
         """Whether each row has one scale for `step` consecutive weights along K."""
         return all(t.k % step == 0 for t in (self.scale, self.outer, self.shift))
@@ -68,6 +73,7 @@ def _tiles(fmt: Format, name: str) -> Tiles:
         return Tiles("")
     plane = fmt.plane(name)
     kinds = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
+    kinds |= dict.fromkeys((torch.bfloat16, torch.int8, torch.uint8), "narrow")
     return Tiles(kinds.get(plane.dtype, "number"), plane.n or 0, plane.k or 0)
 
 
@@ -104,7 +110,7 @@ def weight_args(fmt: Format, planes: Mapping[str, Tensor]) -> dict[str, Any]:
     codes += [codes[0]] * (MAX_PLANES - len(codes))
     args: dict[str, Any] = {}
     for i, t in enumerate(codes):
-        args |= {f"p{i}": t, f"stride_p{i}": t.stride(0)}
+        args |= {f"p{i}": t, f"stride_p{i}": t.stride(0), f"bytes_p{i}": t.shape[1]}
     for name in _SCALE_PLANES:
         t = _rows(planes[name]) if name in planes else codes[0]
         args |= {name: t, f"stride_{name}": t.stride(0)}
@@ -145,12 +151,17 @@ def _number(v, KIND: tl.constexpr):
     elif KIND == "e4m3":
         return _small_float(v.to(tl.int32), 8, 3, 7, True)
     else:
-        return v.to(tl.float32)
+        # Adding zero keeps LLVM from seeing two widened bf16 numbers in a product that is narrowed to fp16: it would
+        # narrow the factors instead, and a small scale would lose digits.
+        return v.to(tl.float32) + 0.0
 
 
 @triton.jit
-def _tile(ptr, stride, rows, ok, k0, K, T: tl.constexpr, BK: tl.constexpr):
-    """fp32 numbers of a plane for weights `rows x [k0, k0 + BK)`: `(BN, 1)` where one serves all, or `(BN, BK)`."""
+def tile_of(ptr, stride, rows, ok, k0, K, T: tl.constexpr, BK: tl.constexpr, STEP: tl.constexpr):
+    """fp32 numbers of a plane for every `STEP`th weight of `rows x [k0, k0 + BK)`.
+
+    `(BN, 1)` where one serves all, otherwise `(BN, BK / STEP)`; then `STEP` divides the plane's tile.
+    """
     KIND: tl.constexpr = T.kind
     if T.n == 0:
         base = ptr + (rows * 0).to(tl.int64)
@@ -166,76 +177,91 @@ def _tile(ptr, stride, rows, ok, k0, K, T: tl.constexpr, BK: tl.constexpr):
         groups = k0 // T.k + tl.arange(0, BK // T.k)
         inside = ok[:, None] & (groups * T.k < K)[None, :]
         v = _number(tl.load(base[:, None] + groups[None, :], mask=inside, other=0), KIND)
-        return tl.reshape(tl.broadcast_to(v[:, :, None], (rows.shape[0], BK // T.k, T.k)), (rows.shape[0], BK))
+        v = tl.broadcast_to(v[:, :, None], (rows.shape[0], BK // T.k, T.k // STEP))
+        return tl.reshape(v, (rows.shape[0], BK // STEP))
     else:
-        k = k0 + tl.arange(0, BK)
+        k = k0 + tl.arange(0, BK // STEP) * STEP
         v = tl.load(base[:, None] + (k // T.k)[None, :], mask=ok[:, None] & (k < K)[None, :], other=0)
         return _number(v, KIND)
 
 
 @triton.jit
-def _codes(ptr, stride, rows, ok, first, count, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """int32 codes `(BN, COUNT)` of one plane, starting at code `first` of each row; `count` codes exist per row."""
-    PER: tl.constexpr = 8 // WIDTH
-    columns = first // PER + tl.arange(0, COUNT // PER)
+def tile_bytes(ptr, stride, width, rows, ok, k0, PER: tl.constexpr, BK: tl.constexpr):
+    """The bytes `(BN, BK / PER)` of weights `rows x [k0, k0 + BK)`: `PER` weights a byte, `width` bytes a row.
+
+    `k0` is a multiple of `BK`.
+    """
+    columns = tl.multiple_of(k0 // PER, BK // PER) + tl.arange(0, BK // PER)
     at = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    packed = tl.load(at, mask=ok[:, None] & (columns < (count + PER - 1) // PER)[None, :], other=0)
+    return tl.load(at, mask=ok[:, None] & (columns < width)[None, :], other=0)
+
+
+@triton.jit
+def _codes(ptr, stride, width, rows, ok, k0, WIDTH: tl.constexpr, VECTOR: tl.constexpr, BK: tl.constexpr):
+    """int32 codes `(BN, BK / VECTOR)` of one plane of codes of `WIDTH` bits."""
+    PER: tl.constexpr = 8 // WIDTH
+    packed = tile_bytes(ptr, stride, width, rows, ok, k0, PER * VECTOR, BK)
     if PER == 1:
         return packed.to(tl.uint8, bitcast=True).to(tl.int32)
     else:
         shifts = tl.arange(0, PER) * WIDTH
         codes = (packed.to(tl.int32)[:, :, None] >> shifts[None, None, :]) & ((1 << WIDTH) - 1)
-        return tl.reshape(codes, (rows.shape[0], COUNT))
+        return tl.reshape(codes, (rows.shape[0], BK // VECTOR))
+
+
+@triton.jit
+def level_of(code, L: tl.constexpr):
+    """int32 codes of an integer or a small float to fp32 levels."""
+    if L.kind == "int":
+        # An integer below 2**23 in the mantissa of 2**23 is that integer plus 2**23: no conversion instruction.
+        return (((code ^ L.flip) * L.step) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + L.offset)
+    else:
+        return _small_float(code, L.bits, L.mantissa_bits, L.bias, L.has_nan)
 
 
 @triton.jit
 def levels(
-    p0, p1, p2, stride_p0, stride_p1, stride_p2, zero_point, stride_zero_point, codebook,
-    rows, ok, k0, K, L: tl.constexpr, BK: tl.constexpr, TABLE_DTYPE: tl.constexpr,
+    p0, p1, p2, stride_p0, stride_p1, stride_p2, bytes_p0, bytes_p1, bytes_p2,
+    zero_point, stride_zero_point, codebook, rows, ok, k0, K, L: tl.constexpr, BK: tl.constexpr,
+    TABLE_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """fp32 `level - zero_point` of weights `rows x [k0, k0 + BK)`. Past N or K it is some finite number.
 
     Table entries are rounded to `TABLE_DTYPE`, the dtype they are multiplied in.
     """
-    COUNT: tl.constexpr = BK // L.vector
-    first = k0 // L.vector
-    count = (K + L.vector - 1) // L.vector
-    code = _codes(p0, stride_p0, rows, ok, first, count, L.w0, COUNT)
+    ZERO: tl.constexpr = L.zero
+    code = _codes(p0, stride_p0, bytes_p0, rows, ok, k0, L.w0, L.vector, BK)
     if L.w1:
-        code = code | (_codes(p1, stride_p1, rows, ok, first, count, L.w1, COUNT) << L.w0)
+        code = code | (_codes(p1, stride_p1, bytes_p1, rows, ok, k0, L.w1, L.vector, BK) << L.w0)
     if L.w2:
-        code = code | (_codes(p2, stride_p2, rows, ok, first, count, L.w2, COUNT) << (L.w0 + L.w1))
-    if L.kind == "int":
-        # An integer below 2**23 in the mantissa of 2**23 is that integer plus 2**23: no conversion instruction.
-        value = (((code ^ L.flip) * L.step) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + L.offset)
-    elif L.kind == "float":
-        value = _small_float(code, L.bits, L.mantissa_bits, L.bias, L.has_nan)
+        code = code | (_codes(p2, stride_p2, bytes_p2, rows, ok, k0, L.w2, L.vector, BK) << (L.w0 + L.w1))
+    if L.kind != "table":
+        value = level_of(code, L)
     elif L.vector == 1:
         value = tl.load(codebook + code).to(TABLE_DTYPE).to(tl.float32)
     else:
         entry = code[:, :, None] * L.vector + tl.arange(0, L.vector)[None, None, :]
         value = tl.reshape(tl.load(codebook + entry).to(TABLE_DTYPE).to(tl.float32), (rows.shape[0], BK))
-    ZERO: tl.constexpr = L.zero
     if ZERO.kind != "":
-        value = value - _tile(zero_point, stride_zero_point, rows, ok, k0, K, ZERO, BK)
+        value = value - tile_of(zero_point, stride_zero_point, rows, ok, k0, K, ZERO, BK, 1)
     return value
 
 
 @triton.jit
 def scales(
     scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
-    rows, ok, k0, K, L: tl.constexpr, BK: tl.constexpr,
+    rows, ok, k0, K, L: tl.constexpr, BK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """fp32 `scale * outer_scale + scale_offset` of the same weights, `(BN, 1)` or `(BN, BK)`.
+    """fp32 `scale * outer_scale + scale_offset` of every `STEP`th weight, `(BN, 1)` or `(BN, BK / STEP)`.
 
     Kernels are compiled without contraction to fused multiply-add, so the roundings are those of `effective_scale`.
     """
     SCALE: tl.constexpr = L.scale
     OUTER: tl.constexpr = L.outer
     SHIFT: tl.constexpr = L.shift
-    value = _tile(scale, stride_scale, rows, ok, k0, K, SCALE, BK)
+    value = tile_of(scale, stride_scale, rows, ok, k0, K, SCALE, BK, STEP)
     if OUTER.kind != "":
-        value = value * _tile(outer_scale, stride_outer_scale, rows, ok, k0, K, OUTER, BK)
+        value = value * tile_of(outer_scale, stride_outer_scale, rows, ok, k0, K, OUTER, BK, STEP)
     if SHIFT.kind != "":
-        value = value + _tile(scale_offset, stride_scale_offset, rows, ok, k0, K, SHIFT, BK)
+        value = value + tile_of(scale_offset, stride_scale_offset, rows, ok, k0, K, SHIFT, BK, STEP)
     return value

@@ -20,16 +20,18 @@ from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.decode import layout_of, levels, scales, weight_args
 from lowbit.kernels.triton.launch import OPTIONS, on_device
 
-# Bytes of decoded weights at a time, and of fp32 products that still wait for their activation's scale.
-WORKSPACE = 24 << 20
+# Bytes of decoded weights at a time, and of fp32 products that still wait for their activation's scale. 32 MiB are
+# 4096 rows of K = 4096: with 1024 tokens, one tile of 128 x 256 for each of 128 multiprocessors.
+WORKSPACE = 32 << 20
 PRODUCTS = 24 << 20
 BLOCK_N, BLOCK_K = 64, 64
 
 
 @triton.jit
 def dequantize_kernel(
-    out, stride_out, p0, p1, p2, stride_p0, stride_p1, stride_p2, scale, stride_scale, zero_point, stride_zero_point,
-    outer_scale, stride_outer_scale, scale_offset, stride_scale_offset, codebook, n0, n1, k_begin, k_end, K,
+    out, stride_out, p0, p1, p2, stride_p0, stride_p1, stride_p2, bytes_p0, bytes_p1, bytes_p2,
+    scale, stride_scale, zero_point, stride_zero_point, outer_scale, stride_outer_scale,
+    scale_offset, stride_scale_offset, codebook, n0, n1, k_begin, k_end, K,
     L: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`out[n - n0, k - k_begin]` for `n0 <= n < n1`, `k_begin <= k < k_end`. Grid over blocks of both."""
@@ -38,12 +40,13 @@ def dequantize_kernel(
     ok = rows < n1
     k0 = k_begin + tl.program_id(1) * BK
     w = levels(
-        p0, p1, p2, stride_p0, stride_p1, stride_p2, zero_point, stride_zero_point, codebook,
-        rows, ok, k0, K, L, BK, tl.float32,
+        p0, p1, p2, stride_p0, stride_p1, stride_p2, bytes_p0, bytes_p1, bytes_p2,
+        zero_point, stride_zero_point, codebook, rows, ok, k0, K, L, BK, tl.float32,
     )  # fmt: skip
     w *= scales(
-        scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset, rows, ok, k0, K, L, BK
-    )
+        scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
+        rows, ok, k0, K, L, BK, 1,
+    )  # fmt: skip
     k = k0 + tl.arange(0, BK)
     at = out + local.to(tl.int64)[:, None] * stride_out + (k - k_begin)[None, :]
     tl.store(at, w.to(out.dtype.element_ty), mask=ok[:, None] & (k < k_end)[None, :])

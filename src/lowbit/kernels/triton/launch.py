@@ -29,6 +29,11 @@ def _count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def has_native_e4m3(device: torch.device) -> bool:
-    """Whether the GPU converts and multiplies float8_e4m3 itself."""
+def has_native_float8(device: torch.device) -> bool:
+    """Whether the GPU converts and multiplies float8 itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def uses_ptx(device: torch.device) -> bool:
+    """Whether kernels may hold PTX: on NVIDIA GPUs, not on AMD's and not in Triton's interpreter."""
+    return device.type == "cuda" and torch.version.hip is None

@@ -22,8 +22,9 @@ from torch import Tensor
 from lowbit.formats.base import Format
 from lowbit.kernels.select import Problem
 from lowbit.kernels.triton import act_quant
-from lowbit.kernels.triton.decode import Layout, Tiles, layout_of, levels, scales, weight_args
-from lowbit.kernels.triton.launch import OPTIONS, multiprocessors, on_device
+from lowbit.kernels.triton.decode import Layout, Tiles, layout_of, levels, scales, tile_bytes, tile_of, weight_args
+from lowbit.kernels.triton.decode_packed import packing_for, part_of, split_parts
+from lowbit.kernels.triton.launch import OPTIONS, has_native_float8, multiprocessors, on_device
 
 # Scales that cover at least this many weights along K are applied once per step, to the accumulator.
 MIN_STEP = 64
@@ -84,7 +85,7 @@ def _finish(
     if SCALE_AT == "end":
         acc *= scales(
             scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
-            rows, row_ok, 0, K, L, 16,
+            rows, row_ok, 0, K, L, 16, 1,
         )  # fmt: skip
     if OUTER_LAST:
         acc *= tl.load(outer_scale).to(tl.float32)
@@ -99,14 +100,25 @@ def _finish(
 @triton.jit
 def weight_only_kernel(
     x, y, partials,
-    p0, p1, p2, stride_p0, stride_p1, stride_p2, scale, stride_scale, zero_point, stride_zero_point,
-    outer_scale, stride_outer_scale, scale_offset, stride_scale_offset, codebook,
+    p0, p1, p2, stride_p0, stride_p1, stride_p2, bytes_p0, bytes_p1, bytes_p2,
+    scale, stride_scale, zero_point, stride_zero_point, outer_scale, stride_outer_scale,
+    scale_offset, stride_scale_offset, codebook,
     row_scale, stride_row_scale, bias, M, N, K, k_per_split,
     L: tl.constexpr, SCALE_AT: tl.constexpr, OUTER_LAST: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    ACT_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACT_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PACKING: tl.constexpr,
+    NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(ceil(M/BM), ceil(N/BN), SPLIT)`: tokens on the one axis without a limit of 65535."""
+    """Grid `(ceil(M/BM), ceil(N/BN), SPLIT)`: tokens on the one axis without a limit of 65535.
+
+    Decoded in parts, the weights of a word come one after the other and meet every `PARTS`th column of x.
+    """
+    PARTS: tl.constexpr = PACKING.parts
+    OPERAND: tl.constexpr = x.dtype.element_ty
+    STEP: tl.constexpr = PARTS if PARTS else 1
+    ZERO: tl.constexpr = L.zero
+    SCALE: tl.constexpr = L.scale
+    # Products of a level and a scale that both fit bf16 round once, as in fp32.
+    NARROW: tl.constexpr = SCALE.kind != "number" and L.outer.kind == "" and L.shift.kind == ""
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     token_ok, row_ok = tokens < M, rows < N
@@ -114,31 +126,61 @@ def weight_only_kernel(
     begin = tl.program_id(2) * k_per_split
     end = tl.minimum(begin + k_per_split, K)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for k0 in range(begin, end, BK):
-        w = levels(
-            p0, p1, p2, stride_p0, stride_p1, stride_p2, zero_point, stride_zero_point, codebook,
-            rows, row_ok, k0, K, L, BK, x.dtype.element_ty,
+    if SCALE_AT == "step":
+        following = scales(
+            scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
+            rows, row_ok, begin, K, L, BK, STEP,
         )  # fmt: skip
-        if SCALE_AT == "level":
-            w *= scales(
-                scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
-                rows, row_ok, k0, K, L, BK,
-            )  # fmt: skip
+    for k0 in range(begin, end, BK):
         k = k0 + tl.arange(0, BK)
         xt = tl.load(x_rows + k[None, :], mask=token_ok[:, None] & (k < K)[None, :], other=0.0)
+        if SCALE_AT == "level":
+            s = scales(
+                scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
+                rows, row_ok, k0, K, L, BK, STEP,
+            )  # fmt: skip
+        # A step that is scaled afterwards is summed on its own.
         if SCALE_AT == "step" or ACT_GROUP:
-            part = tl.dot(w.to(x.dtype.element_ty), tl.trans(xt), input_precision="ieee")
-            if SCALE_AT == "step":
-                part *= scales(
-                    scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
-                    rows, row_ok, k0, K, L, BK,
-                )  # fmt: skip
-            if ACT_GROUP:
-                at = row_scale + tokens.to(tl.int64) * stride_row_scale + k0 // ACT_GROUP
-                part *= tl.load(at, mask=token_ok, other=0)[None, :]
-            acc += part
+            total = tl.zeros((BN, BM), dtype=tl.float32)
         else:
-            acc = tl.dot(w.to(x.dtype.element_ty), tl.trans(xt), acc, input_precision="ieee")
+            total = acc
+        if PARTS:
+            words = tile_bytes(p0, stride_p0, bytes_p0, rows, row_ok, k0, PARTS, BK)
+            x_parts = split_parts(xt, PARTS)
+            if ZERO.kind != "":
+                zero = tile_of(zero_point, stride_zero_point, rows, row_ok, k0, K, ZERO, BK, STEP).to(OPERAND)
+            for j in tl.static_range(PARTS):
+                w = part_of(words, codebook, j, L, PACKING, NATIVE, OPERAND)
+                if ZERO.kind != "":
+                    w -= zero
+                if SCALE_AT == "level":
+                    if NARROW and x.dtype.element_ty == tl.bfloat16:
+                        w *= s.to(OPERAND)
+                    else:
+                        w = (w.to(tl.float32) * s).to(OPERAND)
+                total = tl.dot(w, tl.trans(x_parts[j]), total, input_precision="ieee")
+        else:
+            w = levels(
+                p0, p1, p2, stride_p0, stride_p1, stride_p2, bytes_p0, bytes_p1, bytes_p2,
+                zero_point, stride_zero_point, codebook, rows, row_ok, k0, K, L, BK, OPERAND,
+            )  # fmt: skip
+            if SCALE_AT == "level":
+                w *= s
+            total = tl.dot(w.to(OPERAND), tl.trans(xt), total, input_precision="ieee")
+        if SCALE_AT == "step":
+            total *= following
+            # Read one step ahead, so that no sum waits for its scale.
+            following = scales(
+                scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
+                rows, row_ok, tl.minimum(k0 + BK, K - 1), K, L, BK, STEP,
+            )  # fmt: skip
+        if ACT_GROUP:
+            at = row_scale + tokens.to(tl.int64) * stride_row_scale + k0 // ACT_GROUP
+            total *= tl.load(at, mask=token_ok, other=0)[None, :]
+        if SCALE_AT == "step" or ACT_GROUP:
+            acc += total
+        else:
+            acc = total
     if SPLIT == 1:
         _finish(
             acc, y, rows, row_ok, tokens, token_ok, N, K,
@@ -216,11 +258,16 @@ def matmul(
         "bias": y if bias is None else bias,
     }
     steps = -(-k // c.bk)
+    packing = packing_for(shared["L"], c.bk, x.dtype, args["p0"])
+    if packing.has_ptx:
+        args |= {"p0": args["p0"].view(torch.int16), "stride_p0": args["stride_p0"] // 2}
+        args["bytes_p0"] //= 2
+    decoding = {"PACKING": packing, "NATIVE": has_native_float8(x.device)}
     k_per_split = -(-steps // c.split) * c.bk
     with on_device(x):
         weight_only_kernel[(-(-m // c.bm), -(-n // c.bn), c.split)](
             x, y, partials, M=m, N=n, K=k, k_per_split=k_per_split, ACT_GROUP=act_group, BM=c.bm, BN=c.bn, BK=c.bk,
-            num_warps=c.warps, num_stages=c.stages, **args, **shared, **OPTIONS,
+            num_warps=c.warps, num_stages=c.stages, **args, **shared, **decoding, **OPTIONS,
         )  # fmt: skip
         if c.split > 1:
             beside = {name: value for name, value in args.items() if "scale" in name}
