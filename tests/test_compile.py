@@ -46,12 +46,12 @@ def test_fullgraph_and_one_recompilation_for_any_m(fmt: Format) -> None:
     m = model(fmt)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(m, fullgraph=True, backend=counter)
-    for tokens in (5, 1, 7, 33, 2, 128):
+    # The first length, every other length, and one token, which the compiler always keeps apart.
+    for tokens, graphs in ((5, 1), (7, 2), (33, 2), (2, 2), (128, 2), (1, 3)):
         ids = torch.arange(tokens) % 40
         with torch.no_grad():
             assert same_bits(compiled(ids), m(ids))
-    # The first length, any other length, and one token, which the compiler keeps apart.
-    assert counter.frame_count <= 3
+        assert counter.frame_count <= graphs, f"{tokens} tokens needed another graph"
 
 
 @each_format

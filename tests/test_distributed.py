@@ -36,13 +36,17 @@ def check(f: Callable[[Format], None]) -> Callable[[Format], None]:
     return f
 
 
+@cache
+def weight(fmt: Format, n: int, k: int, seed: int) -> QuantizedTensor:
+    return QuantizedTensor.from_float(weights("normal", n, k, seed), fmt)
+
+
 class MLP(nn.Module):
     def __init__(self, fmt: Format, k: int = 128, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(k, hidden), nn.Linear(hidden, k)
         for i, layer in enumerate((self.up, self.down)):
-            w = QuantizedTensor.from_float(weights("normal", *layer.weight.shape, seed=i), fmt)
-            layer.weight = nn.Parameter(w, requires_grad=False)
+            layer.weight = nn.Parameter(weight(fmt, *layer.weight.shape, i).clone(), requires_grad=False)
             nn.init.constant_(layer.bias, 0.5 + i)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import lowbit
@@ -44,12 +44,15 @@ def imported() -> dict[str, object]:
 
 
 def test_import_is_quick_silent_and_lean() -> None:
-    # The fastest of three: what other processes on the machine do is no property of lowbit.
-    runs = [imported() for _ in range(3)]
-    for run in runs:
+    seconds = []
+    for _ in range(5):
+        run = imported()
         assert run["cuda"] is False
         assert not EXTRAS & {*run["new"], *(name.split(".")[0] for name in run["new"])}
-    assert min(run["seconds"] for run in runs) <= 0.3, statistics.median(run["seconds"] for run in runs)
+        seconds.append(run["seconds"])
+        if seconds[-1] <= 0.3:  # a slower run may be the fault of other processes, a quicker one is nobody's
+            return
+    pytest.fail(f"import lowbit took {seconds} seconds beyond torch, 0.3 allowed")
 
 
 def test_the_public_names_exist() -> None:

@@ -53,5 +53,5 @@ def test_names_are_taken_once_and_given_back() -> None:
     finally:
         unregister("float8_again")
     assert registered() == before
-    with pytest.raises(ValueError, match="unknown format 'float8_again'; families: .*nvfp4"):
+    with pytest.raises(ValueError, match=r"unknown format 'float8_again'; families: .*nvfp4"):
         parse_format("float8_again")

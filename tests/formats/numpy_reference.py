@@ -129,9 +129,9 @@ def amax(t: np.ndarray) -> float:
 
 def stored(scale: np.ndarray, dtype: str = "fp32") -> np.ndarray:
     """Scales as kept: 1 for a tile of zeros, never subnormal, never infinite."""
-    top = BF16_MAX if dtype == "bf16" else FP32_MAX
-    kept = np.where(scale == 0, 1, np.clip(scale, FP32_TINY, top)).astype(F32)
-    return to_bf16(kept) if dtype == "bf16" else kept
+    low, top = {"fp32": (FP32_TINY, FP32_MAX), "bf16": (FP32_TINY, BF16_MAX), "fp16": (2.0**-14, 65504.0)}[dtype]
+    kept = np.where(scale == 0, 1, np.clip(scale, low, top)).astype(F32)
+    return to_bf16(kept) if dtype == "bf16" else kept.astype(np.float16).astype(F32) if dtype == "fp16" else kept
 
 
 # Families ----------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def stored(scale: np.ndarray, dtype: str = "fp32") -> np.ndarray:
 def quantize_int(words: list[str], w: np.ndarray, planes: dict[str, np.ndarray]) -> Quantized:
     bits, tile = int(words[0][3:]), tile_of(words[1:], (1, 128))
     grouped = any(word[0] == "g" for word in words[1:]) or len(words) == 1
-    dtype = "bf16" if grouped and "fp32" not in words else "fp32"
+    dtype = next((word for word in words if word in ("fp32", "bf16", "fp16")), "bf16" if grouped else "fp32")
     top = 2**bits - 1
     if "asym" in words:
         low = per_tile(w, tile, lambda t: max(min(t.min(), 0), -LARGEST))

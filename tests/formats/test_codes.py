@@ -50,9 +50,18 @@ def test_equal_to_numpy_with_several_outer_scales(spec: str) -> None:
     check(parse_format(spec), weights("student_t", 3, 20_000))
 
 
-@pytest.mark.parametrize("spec", ["int4:b16x8", "int3:b3x5:asym", "int8:g7", "float8_e5m2:b5x7", "int4:g32:fp32"])
+@pytest.mark.parametrize("spec", ["int4:b16x8", "int3:b3x5:asym", "int8:g7", "float8_e5m2:b5x7"])
 def test_equal_to_numpy_with_odd_tiles(spec: str) -> None:
     check(parse_format(spec), weights("normal", 37, 101))
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4:g32:fp32", "int4:g32:fp16", "int8:row:bf16", "int3:g64:asym:fp16", "int1:g32:fp16"]
+)
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_equal_to_numpy_with_other_scale_dtypes(spec: str, size: float) -> None:
+    """fp16 scales neither vanish nor overflow: they stop at the ends of fp16."""
+    check(parse_format(spec), weights("outlier_channels", 9, 101) * size)
 
 
 @each_format
