@@ -1,0 +1,118 @@
+"""CUDA C++ source to a running kernel with NVRTC, which the PyTorch wheels bring: no toolkit, no host compiler.
+
+A kernel is a source file and constants. Its machine code is cached on disk under a hash of everything that decides
+it, written beside its name and renamed, so that processes never read half of a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import tempfile
+import threading
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from lowbit.cache import cache_dir
+from lowbit.kernels.select import UnsupportedError
+
+Defines = tuple[tuple[str, int], ...]
+_lock = threading.Lock()
+
+
+@cache
+def missing() -> str | None:
+    """Why CUDA C++ kernels cannot be compiled here, or None. Looks for the packages and imports nothing."""
+    try:
+        found = importlib.util.find_spec("cuda.bindings.nvrtc")
+    except ModuleNotFoundError:
+        found = None
+    return None if found else "cuda.bindings is not installed (it comes with PyTorch's CUDA wheels from 2.11)"
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    """The value of a cuda.bindings call `(status, *values)`.
+
+    Raises:
+        RuntimeError: the status is not success.
+    """
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"{what} failed: {status!r}")
+    return values[0] if values else None
+
+
+def compile_source(source: str, name: str, defines: Defines, arch: tuple[int, int]) -> bytes:
+    """Machine code (cubin) of `source` for compute capability `arch`, from the cache or from NVRTC.
+
+    Raises:
+        RuntimeError: the source does not compile; the message ends with the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    status, *version = nvrtc.nvrtcVersion()
+    _check((status,), "nvrtcVersion")
+    target = f"sm_{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
+    options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines)]
+    key = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()[:32]
+    path = cache_dir("cuda") / f"{name}-{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram")
+    status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
+    if int(status) != 0:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name}.cu did not compile for {target} with {dict(defines)}:\n{log.decode()}")
+    code: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+    _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+    nvrtc.nvrtcDestroyProgram(program)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        file.write(code)
+    os.replace(temporary, path)
+    return code
+
+
+class CudaKernel:
+    """One compiled kernel on one device."""
+
+    def __init__(self, source_name: str, kernel: str, defines: Defines, device: int) -> None:
+        from cuda.bindings import driver
+
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                f"{kernel} is not compiled yet and the stream is being captured; run the layer once with this number "
+                "of tokens before capturing a CUDA graph"
+            )
+        source = resources.files("lowbit.kernels.cuda").joinpath(source_name).read_text()
+        arch = torch.cuda.get_device_capability(device)
+        code = compile_source(source, source_name.removesuffix(".cu"), defines, arch)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes the primary context current
+            module = _check(driver.cuModuleLoadData(code), "cuModuleLoadData")
+            self.function = _check(driver.cuModuleGetFunction(module, kernel.encode()), "cuModuleGetFunction")
+        self._launch = driver.cuLaunchKernel
+
+    def __call__(self, grid: int, threads: int, arguments: ctypes.Structure) -> None:
+        """Launch on the current stream; `arguments` is the kernel's only parameter, passed by value."""
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = torch.cuda.current_stream().cuda_stream
+        result = self._launch(self.function, grid, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
+        _check(result, "cuLaunchKernel")
+
+
+def load(source_name: str, kernel: str, defines: Defines, device: int) -> CudaKernel:
+    """The kernel compiled with `defines`, once per process and device; safe to call from several threads."""
+    with _lock:
+        return _load(source_name, kernel, defines, device)
+
+
+@cache
+def _load(source_name: str, kernel: str, defines: Defines, device: int) -> CudaKernel:
+    return CudaKernel(source_name, kernel, defines, device)

@@ -1,0 +1,62 @@
+"""The CUDA C++ kernel for few tokens: right for every format it takes, and the same bits for every number of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import sqnr_db
+from gpu_cases import assert_close, expected, inputs, weight_on_gpu
+
+from lowbit.formats import Format, registered
+from lowbit.kernels.cuda import small_m
+from lowbit.kernels.select import Problem
+
+pytestmark = pytest.mark.gpu
+
+FORMATS = [f for f in registered() if not isinstance(small_m.constants(f), str)]
+
+
+def run(fmt: Format, n: int, k: int, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    w = weight_on_gpu(fmt, n, k)
+    problem = Problem(x.shape[0], n, k, fmt.spec, "", x.dtype, "cuda", torch.cuda.get_device_capability())
+    assert small_m.why_not(problem) is None
+    return small_m.small_m(x, w.planes, bias, problem, None)
+
+
+def test_every_registered_format_has_an_instance() -> None:
+    without = {f.spec: small_m.constants(f) for f in registered() if f not in FORMATS}
+    assert not without
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (100, 1152), (17, 128), (4096, 4096)], ids=str)
+def test_matches_fp64(fmt: Format, n: int, k: int) -> None:
+    for m in (1, 3, 8, 9, 16, 17, 32) if n < 4096 else (1, 16):
+        x = inputs(m, k, torch.bfloat16, seed=m)
+        bias = torch.randn(n, device="cuda") if m % 2 else None
+        y = run(fmt, n, k, x, bias)
+        assert_close(y, expected(x, weight_on_gpu(fmt, n, k), bias), fmt, torch.bfloat16)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_common_inputs_lose_little(fmt: Format) -> None:
+    """Errors of many products average out: what is left is the rounding of the output (55.6 dB) and of the weights."""
+    x = torch.randn(16, 2048, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
+    y = run(fmt, 256, 2048, x)
+    assert sqnr_db(expected(x, weight_on_gpu(fmt, 256, 2048)), y) > (48 if fmt.kernel_sqnr_db < 46 else 52)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_row_does_not_depend_on_its_company(fmt: Format) -> None:
+    n, k = 96, 640
+    x = inputs(32, k, torch.bfloat16)
+    whole = run(fmt, n, k, x)
+    for m in (1, 8, 16):
+        assert torch.equal(run(fmt, n, k, x[:m].contiguous()), whole[:m])
+
+
+def test_bits_repeat() -> None:
+    fmt = FORMATS[0]
+    x = inputs(16, 4096, torch.bfloat16)
+    first = run(fmt, 4096, 4096, x)
+    assert all(torch.equal(run(fmt, 4096, 4096, x), first) for _ in range(50))
