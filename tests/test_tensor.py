@@ -245,6 +245,8 @@ def test_embedding(fmt: Format, dtype: torch.dtype) -> None:
         layer(torch.tensor([259]))
     with pytest.raises(IndexError, match="259"):
         layer(torch.tensor([-1]))
+    with pytest.raises(TypeError, match="int32 or int64"):
+        layer(torch.tensor([1.0]))
 
 
 CONVOLUTIONS = (
@@ -317,12 +319,58 @@ def test_transposed_products(fmt: Format) -> None:
 @each_format
 def test_new_tensors_of_the_same_kind(fmt: Format) -> None:
     w = quantized(fmt, N, K)
+    before, other = w.clone(), QuantizedTensor.from_float(weights("normal", N, K, seed=5) * 7, fmt)
     for made in (torch.empty_like(w), w.new_zeros(N, K), torch.zeros_like(w)):
         assert isinstance(made, QuantizedTensor)
-        assert made.format == fmt
-        assert made.shape == w.shape
-    assert torch.zeros_like(w).dequantize().isfinite().all()
+        assert (made.format, made.shape) == (fmt, w.shape)
+        assert made.dequantize().count_nonzero() == 0
+        made.copy_(other)
+        assert equal(made, other)
+    assert equal(w, before)  # no plane was shared
     assert w.nbytes_packed == fmt.nbytes(N, K)
+
+
+@each_format
+def test_a_meta_module_is_made_empty_and_filled(fmt: Format) -> None:
+    source, target = nn.Linear(K, N), nn.Linear(K, N, device="meta")
+    source.weight = nn.Parameter(quantized(fmt, N, K), requires_grad=False)
+    target.weight = nn.Parameter(source.weight.to("meta"), requires_grad=False)
+    target.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert equal(target.weight.data, source.weight.data)
+
+
+@each_format
+def test_memory_is_shared_between_processes(fmt: Format) -> None:
+    layer = nn.Linear(K, 8)
+    layer.weight = nn.Parameter(quantized(fmt, 8, K), requires_grad=False)
+    x = torch.randn(2, K)
+    before = layer(x)
+    assert not layer.weight.is_shared()
+    layer.share_memory()
+    assert layer.weight.is_shared()
+    assert torch.equal(layer(x), before)
+
+
+@each_format
+def test_empty_weights(fmt: Format) -> None:
+    for n, k in ((0, 64), (4, 0), (0, 0)):
+        w = QuantizedTensor.from_float(torch.zeros(n, k), fmt)
+        assert w.dequantize().shape == (n, k)
+        y = F.linear(torch.ones(3, k), w, torch.arange(float(n)))
+        assert torch.equal(y, torch.arange(float(n)).expand(3, n))
+
+
+def test_a_transposed_view_is_no_layer() -> None:
+    """Of a square weight the other product would have the right shape and wrong numbers."""
+    w = quantized(parse_format("int4:g32"), 64, 64)
+    with pytest.raises(ValueError, match="transposed view"):
+        F.linear(torch.ones(2, 64), w.t())
+    with pytest.raises(ValueError, match="transposed view"):
+        F.embedding(torch.tensor([1]), w.t())
+    with torch.inference_mode(), pytest.raises(ValueError, match="transposed view"):
+        torch.ops.aten.linear(torch.ones(2, 64), w.t())
+    x = torch.randn(2, 64)
+    assert sqnr_db(x @ w.dequantize(), x @ w) > 90
 
 
 def test_construction_errors_are_named() -> None:

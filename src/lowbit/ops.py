@@ -116,6 +116,8 @@ def _linear_dgrad_fake(grad: Tensor, planes: list[Tensor], spec: str, n: int, k:
 def _embedding(ids: Tensor, planes: list[Tensor], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Rows `ids` of the table `(n, k)`: the rows' planes are gathered, then dequantized."""
     fmt = parse_format(spec)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lowbit.embedding ({spec}): ids must be int32 or int64, got {ids.dtype}")
     flat = ids.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < n:
         # On a GPU the gather below checks it without a synchronization.

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit import ops
 from lowbit.formats.activation import Activation
-from lowbit.formats.base import Format, Planes
+from lowbit.formats.base import Format, Plane, Planes
 
 aten = torch.ops.aten
 _ATEN: dict[Any, Callable[..., Any]] = {}
@@ -229,12 +229,20 @@ def _refuse(w: Any, name: str, expected: str) -> None:
         raise TypeError(f"{name}: {expected}, got one elsewhere in the call and {type(w).__name__} there")
 
 
+def _refuse_transposed(w: QuantizedTensor, name: str) -> None:
+    if w.transposed:
+        raise ValueError(
+            f"{name}: got the transposed view {w!r}; give the weight itself, or write the other product as x @ w"
+        )
+
+
 # torch functions: what modules call --------------------------------------------------------------
 
 
 @_implements(F.linear)
 def _f_linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     _refuse(weight, "linear", "the weight is the quantized operand")
+    _refuse_transposed(weight, "linear")
     return _linear(input, weight, bias)
 
 
@@ -277,8 +285,22 @@ def _f_conv2d(
 
 
 def _embedding(weight: QuantizedTensor, ids: Tensor) -> Tensor:
+    _refuse_transposed(weight, "embedding")
     planes, spec = list(weight.planes.values()), weight.format.spec
     return ops.embedding(ids, planes, spec, weight.out_features, weight.in_features, weight.dtype)
+
+
+@_implements(Tensor.share_memory_)
+def _f_share_memory_(w: QuantizedTensor) -> QuantizedTensor:
+    """Without this, torch would share the storage of the wrapper, which has none."""
+    for t in w.planes.values():
+        t.share_memory_()
+    return w
+
+
+@_implements(Tensor.is_shared)
+def _f_is_shared(w: QuantizedTensor) -> bool:
+    return all(t.is_shared() for t in w.planes.values())
 
 
 # aten ops: what DTensor, FSDP, copies and moves arrive as ----------------------------------------
@@ -287,6 +309,7 @@ def _embedding(weight: QuantizedTensor, ids: Tensor) -> Tensor:
 @_implements(aten.linear.default)
 def _a_linear(func: Any, x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor:
     _refuse(w, "linear", "the weight is the quantized operand")
+    _refuse_transposed(w, "linear")
     return _linear(x, w, bias)
 
 
@@ -419,19 +442,19 @@ def _a_split_with_sizes(func: Any, w: QuantizedTensor, sizes: list[int], dim: in
 
 @_implements(aten.new_zeros.default, aten.new_empty.default, aten.empty_like.default, aten.zeros_like.default)
 def _a_new(func: Any, w: QuantizedTensor, size: Any = None, **kwargs: Any) -> QuantizedTensor:
-    """A tensor of zeros of the same kind; zero bytes are a valid value of every plane."""
+    """A tensor of zeros of the same kind, with planes of its own: zero scales make every code zero."""
     shape = tuple(w.shape if size is None else size)
     if len(shape) != w.dim() or w.transposed:
         raise ValueError(f"a new tensor like {w!r} must keep its number of dimensions, got size {shape}")
     n, k = shape[0], math.prod(shape[1:])
-    device = kwargs.get("device") or w.device
-    planes = {
-        p.name: torch.zeros(p.shape_for(n, k), dtype=p.dtype, device=device)
-        if p.shape is None and p.n is not None
-        else w.planes[p.name].to(device)
-        for p in w.format.planes
-    }
-    return w.with_planes(planes, shape, dtype=kwargs.get("dtype") or w.dtype)
+    device = torch.device(kwargs.get("device") or w.device)
+
+    def plane(p: Plane) -> Tensor:
+        if p.shape is not None and (w.device.type != "meta" or device.type == "meta"):
+            return w.planes[p.name].to(device, copy=True)
+        return torch.zeros(p.shape_for(n, k), dtype=p.dtype, device=device)
+
+    return w.with_planes({p.name: plane(p) for p in w.format.planes}, shape, dtype=kwargs.get("dtype") or w.dtype)
 
 
 @_implements(aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
