@@ -367,10 +367,39 @@ def test_a_transposed_view_is_no_layer() -> None:
         F.linear(torch.ones(2, 64), w.t())
     with pytest.raises(ValueError, match="transposed view"):
         F.embedding(torch.tensor([1]), w.t())
-    with torch.inference_mode(), pytest.raises(ValueError, match="transposed view"):
-        torch.ops.aten.linear(torch.ones(2, 64), w.t())
     x = torch.randn(2, 64)
     assert sqnr_db(x @ w.dequantize(), x @ w) > 90
+
+
+@each_format
+def test_inference_mode(fmt: Format) -> None:
+    """Weights made outside inference mode work inside it, weights made inside work outside, views and moves too."""
+    outside = quantized(fmt, 2 * fmt.tile[0], 64)
+    with torch.inference_mode():
+        inside = quantized(fmt, 2 * fmt.tile[0], 64)
+    x, full = torch.randn(3, 64), outside.dequantize()
+
+    def use(w: QuantizedTensor) -> None:
+        made = (w.clone(), w.detach(), copy.deepcopy(w), w.t().t(), w.T.T, w[:], w.view(w.shape), w.to(w.dtype))
+        assert all(equal(m, w) for m in made)
+        assert w.to(torch.float16).dtype == torch.float16
+        assert w.to("meta").device.type == "meta"
+        assert same_bits(w[fmt.tile[0] :].dequantize(), full[fmt.tile[0] :])
+        assert same_bits(w.split(fmt.tile[0])[0].dequantize(), full[: fmt.tile[0]])
+        for product in (x @ w.t(), F.linear(x, w), torch.matmul(x, w.T)):
+            assert sqnr_db(x @ full.t(), product) > 90
+        layer = nn.Linear(64, 8)
+        layer.weight = nn.Parameter(w, requires_grad=False)
+        assert equal(layer.state_dict()["weight"], w)
+        assert layer.bfloat16().weight.dtype == torch.bfloat16
+        with pytest.raises(NotImplementedError, match="QuantizedTensor"):
+            w.abs()
+
+    use(inside)
+    use(outside)
+    with torch.inference_mode():
+        use(inside)
+        use(outside)
 
 
 def test_construction_errors_are_named() -> None:

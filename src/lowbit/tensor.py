@@ -7,6 +7,7 @@ says what to do instead, because a silent dequantization is the fault that this 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -168,8 +169,16 @@ class QuantizedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in _ATEN:
-            return _ATEN[func](func, *args, **(kwargs or {}))
+            # In inference mode, a view of a tensor from outside is no inference tensor either: torch asserts that.
+            outside = func.is_view and not args[0].is_inference() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if outside else contextlib.nullcontext():
+                return _ATEN[func](func, *args, **kwargs)
+        # Inference mode hands over composite ops (`to`, `matmul`) undivided; their parts may be known.
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         qt = next(a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QuantizedTensor))
         raise NotImplementedError(
             f"{func} is not defined for {qt!r}. Quantized weights support linear, embedding, conv2d, mm, copies, "
