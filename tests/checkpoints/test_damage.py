@@ -116,6 +116,13 @@ def test_every_flipped_bit_is_found(directory: Path) -> None:
     assert verify(directory).ok
 
 
+def test_a_manifest_with_a_key_given_twice(directory: Path) -> None:
+    """The last of equal keys wins, so that the content is the same; the bytes are not."""
+    text = (directory / MANIFEST).read_text()
+    (directory / MANIFEST).write_text(text.replace('"files": {', '"files": {"model.safetensors": {}}, "files": {', 1))
+    assert "checksum" in problems(directory)
+
+
 @pytest.mark.parametrize("left", [0, 7, 8, 100, -1000, -1])
 def test_truncated_files(directory: Path, left: int) -> None:
     for path in sorted(directory.glob("*.safetensors")):
