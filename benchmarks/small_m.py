@@ -3,8 +3,7 @@
     python benchmarks/small_m.py --out benchmarks/results/NAME.json
 
 The floor is a sum over as many bytes as the packed weight has, measured in the same run. Weights rotate through more
-than the L2 cache, one CUDA graph per variant, medians; `blocks` is the least number of resident blocks per
-multiprocessor that the compiler is held to.
+than the L2 cache, one CUDA graph per variant, medians.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ import json
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from gpu_smoke import COLD_BYTES, median_us
 
 from lowbit import QuantizedTensor
 from lowbit.formats import parse_format
-from lowbit.kernels.cuda import loader, small_m
-from lowbit.kernels.select import Problem
+from lowbit.kernels.cuda import small_m
 
 LAYERS = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "o": (4096, 4096)}
 FORMATS = (
@@ -33,30 +33,23 @@ FORMATS = (
 )  # fmt: skip
 
 
-def floor_us(size: int) -> float:
-    """Median time of reading `size` bytes once, as a sum of int64."""
-    count = max(2, COLD_BYTES // size + 1)
-    buffers = [torch.ones(size // 8, dtype=torch.int64, device="cuda") for _ in range(count)]
-    return median_us([lambda b=b: b.sum() for b in buffers])
+@triton.jit
+def read_kernel(source, sums, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.load(source + at, mask=at < count, other=0)))
 
 
-def variant(weights: list[QuantizedTensor], x: torch.Tensor, blocks: int, rows: int) -> list[Any]:
-    w = weights[0]
-    fmt, (n, k) = w.format, w.shape
-    defines = small_m.constants(fmt)
-    assert not isinstance(defines, str)
-    problem = Problem(x.shape[0], n, k, fmt.spec, "", x.dtype, "cuda", torch.cuda.get_device_capability())
-    tiles = 1 if x.shape[0] <= 8 else 2 if x.shape[0] <= 16 else 4
-    kernel = loader.load(
-        "small_m.cu", "small_m", (*defines, ("TOKEN_TILES", tiles), ("ROW_TILES", rows), ("MIN_BLOCKS", blocks)), 0
-    )
+def floor_us(size: int, block: int = 8192) -> float:
+    """Median time of reading `size` bytes once: a kernel that adds them up."""
+    words = size // 4
+    grid = (-(-words // block),)
+    sums = torch.empty(grid, dtype=torch.int32, device="cuda")
 
-    def call(planes: dict[str, torch.Tensor]) -> torch.Tensor:
-        small_m._kernel = lambda *_: kernel
-        small_m.MANY_ROWS = 0 if rows == 2 else 1 << 30
-        return small_m.small_m(x, planes, None, problem, None)
+    def read(buffer: torch.Tensor) -> None:
+        read_kernel[grid](buffer, sums, words, BLOCK=block, num_warps=8)
 
-    return [lambda p=w.planes: call(p) for w in weights]
+    buffers = [torch.randint(9, (words,), dtype=torch.int32, device="cuda") for _ in range(COLD_BYTES // size + 2)]
+    return median_us([partial(read, b) for b in buffers])
 
 
 def main() -> int:
@@ -66,7 +59,7 @@ def main() -> int:
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--tokens", default="1,16")
-    parser.add_argument("--variants", default="2x1,2x2", help="BLOCKSxROW_TILES")
+    parser.add_argument("--row-tiles", default="0", help="0: the kernel's own rule; 1 and 2 force it")
     args = parser.parse_args()
     started, rows = time.monotonic(), []
     for layer in args.layers.split(","):
@@ -86,10 +79,10 @@ def main() -> int:
             for m in map(int, args.tokens.split(",")):
                 x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
                 row = {"layer": layer, "format": spec, "m": m, "MB": size / 1e6, "floor_us": floor_us(size)}
-                row["bf16_us"] = median_us([lambda w=w, x=x: F.linear(x, w) for w in dense])
-                for blocks, tiles in (map(int, v.split("x")) for v in args.variants.split(",")):
-                    us = median_us(variant(weights, x, blocks, tiles))
-                    row |= {f"us_{blocks}x{tiles}": us}
+                row["bf16_us"] = median_us([partial(F.linear, x, w) for w in dense])
+                for tiles in map(int, args.row_tiles.split(",")):
+                    calls = [partial(small_m.launch, x, w.planes, fmt, n, row_tiles=tiles) for w in weights]
+                    row[f"us_{tiles or 'chosen'}"] = median_us(calls)
                 rows.append(row)
                 print(
                     " ".join(f"{key}={v:.2f}" if isinstance(v, float) else f"{key}={v}" for key, v in row.items()),

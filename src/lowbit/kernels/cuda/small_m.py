@@ -16,10 +16,9 @@ from lowbit.kernels.cuda import loader
 from lowbit.kernels.cuda.loader import Defines
 from lowbit.kernels.select import Problem
 
-MAX_TOKENS = 32
+# Above, activations are read from L2 too often and cuBLAS-like tiles win (docs/measured.md).
+MAX_TOKENS = 16
 THREADS = 256
-# From this many rows on there are blocks enough for 32 rows each, which read the activations half as often.
-MANY_ROWS = 16384
 
 # The names of small_m.cu.
 _INT, _FLOAT, _TABLE, _VECTOR = range(4)
@@ -112,41 +111,68 @@ def why_not(problem: Problem) -> str | None:
 def small_m(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """`y (M, N)` bf16 from `x (M, K)` bf16 and the planes; a quantized activation is split first."""
+    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes; a quantized activation is split first."""
     row_scale = None
     if problem.activation is not None:
         from lowbit.kernels.triton import act_quant
 
         x, row_scale = act_quant.split(x, problem.activation, act_scale)
-    fmt, (m, k), n = problem.weight, x.shape, problem.n
+    return launch(x, planes, problem.weight, problem.n, bias, row_scale)
+
+
+def row_tiles_for(fmt: Format, m: int, n: int, device: torch.device) -> int:
+    """Tiles of 16 rows of W per block. Two read the activations half as often, which pays for more than 8 tokens, and
+    for codes of less than 8 bits where that leaves blocks enough for every multiprocessor."""
+    if m > 8:
+        return 2
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if fmt.element.bits // fmt.element.vector < 8 and n >= 32 * blocks else 1
+
+
+def launch(
+    x: Tensor,
+    planes: Mapping[str, Tensor],
+    fmt: Format,
+    n: int,
+    bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    row_tiles: int | None = None,
+) -> Tensor:
+    """`y (M, N)` bf16 from `x (M, K)` bf16, M <= 16.
+
+    Args:
+        row_scale: fp32 `(M or 1, 1)`, multiplied into the result.
+        row_tiles: 1 or 2, instead of the rule's choice.
+    """
+    m, k = x.shape
     y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
-    row_tiles = 2 if m > 8 or n >= MANY_ROWS else 1
-    kernel = _kernel(fmt, 1 if m <= 8 else 2 if m <= 16 else 4, row_tiles, x.device.index)
+    row_tiles = row_tiles or row_tiles_for(fmt, m, n, x.device)
+    kernel = _kernel(fmt, 1 if m <= 8 else 2, row_tiles, x.device.index)
     x = _aligned(x)
     keep = [x]
 
     def address(t: Tensor | None) -> int | None:
         if t is None:
             return None
-        keep.append(t if t.dtype.itemsize > 1 else _aligned(t))
+        keep.append(t.contiguous())
         return keep[-1].data_ptr()
 
     a = _Arguments(x=x.data_ptr(), y=y.data_ptr(), m=m, n=n, k=k)
     for i, (name, width, _) in enumerate(fmt.element.code_planes):
         field = "" if i == 0 else str(width)
-        setattr(a, f"codes{field}", address(planes[name]))
+        keep.append(_aligned(planes[name]))
+        setattr(a, f"codes{field}", keep[-1].data_ptr())
         setattr(a, f"stride{field}", keep[-1].stride(0))
-    scale, outer = planes["scale"], planes.get("outer_scale")
-    a.scale, a.scale_columns, a.scale_rows = address(_rows(scale)), scale.shape[1], scale.shape[0]
-    a.zero = address(_rows(planes["zero_point"])) if "zero_point" in planes else None
-    if outer is not None:
-        a.outer, a.outer_columns = address(_rows(outer)), outer.shape[1]
+    a.scale, (a.scale_rows, a.scale_columns) = address(planes["scale"]), planes["scale"].shape
+    a.zero, a.outer = address(planes.get("zero_point")), address(planes.get("outer_scale"))
+    a.outer_columns = keep[-1].shape[1] if a.outer else 0
     a.offset, a.table = address(planes.get("scale_offset")), address(planes.get("codebook"))
     if row_scale is not None:
         a.row_scale, a.row_scales = address(row_scale), row_scale.shape[0]
     if bias is not None:
-        bias = bias.float() if bias.dtype == torch.float16 else bias
-        a.bias, a.bias_fp32 = address(bias.contiguous()), int(bias.dtype == torch.float32)
+        # fp16 is widened; bf16 and fp32 are read as they are.
+        a.bias = address(bias.float() if bias.dtype == torch.float16 else bias)
+        a.bias_fp32 = int(bias.dtype != torch.bfloat16)
     kernel(-(-n // (16 * row_tiles)), THREADS, a)
     return y
 
@@ -155,7 +181,7 @@ def small_m(
 def _kernel(fmt: Format, token_tiles: int, row_tiles: int, device: int) -> loader.CudaKernel:
     defines = constants(fmt)
     assert not isinstance(defines, str), defines
-    more = (("TOKEN_TILES", token_tiles), ("ROW_TILES", row_tiles), ("MIN_BLOCKS", 1 if token_tiles == 4 else 2))
+    more = (("TOKEN_TILES", token_tiles), ("ROW_TILES", row_tiles), ("MIN_BLOCKS", 2))
     return loader.load("small_m.cu", "small_m", defines + more, device)
 
 
@@ -163,8 +189,3 @@ def _aligned(t: Tensor) -> Tensor:
     """16-byte loads need 16-byte addresses and row strides; views cut at other places are copied."""
     fits = t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and t.stride(0) * t.element_size() % 16 == 0
     return t if fits else t.clone(memory_format=torch.contiguous_format)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Scales are indexed as a contiguous array; cuts along K of a weight are views that are not."""
-    return t if t.is_contiguous() else t.contiguous()
