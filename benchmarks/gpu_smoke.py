@@ -3,7 +3,8 @@
     python benchmarks/gpu_smoke.py --out benchmarks/results/NAME.json
 
 Every measurement rotates enough copies of the layer to exceed the L2 cache, runs them in one CUDA graph, and takes
-the median over replays; `GB/s` counts the packed weight alone. `sqnr_db` compares with fp64 on the dequantized
+the median over replays; `GB/s` counts the packed weight alone. Where another kernel is chosen for few tokens, the
+portable Triton kernel is measured as well. `sqnr_db` compares with fp64 on the dequantized
 operands, at 256 output channels. Exits with 1 if a format misses its `kernel_sqnr_db`.
 """
 
@@ -25,7 +26,7 @@ import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.select import Problem, select
+from lowbit.kernels.select import Problem, select, use_kernel
 
 LAYERS = {"gate_up": (28672, 4096), "o": (4096, 4096)}
 TOKENS = (1, 16, 128, 1024)
@@ -37,6 +38,7 @@ FORMATS = (
     ("int3:g64", ""), ("int2:g64", ""), ("int1:g128", ""), ("mxfp4", ""), ("nvfp4", ""), ("nf4:g64", ""),
     ("codebook4:g64", ""), ("codebook4v2:g64", ""),
 )  # fmt: skip
+FEW_TOKENS, PORTABLE = "cuda_small_m", "triton_weight_only"
 COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 
 
@@ -98,12 +100,15 @@ def measure(tokens: tuple[int, ...], formats: tuple[tuple[str, str], ...], budge
             copies = [first] + [first.clone() for _ in range(copies_for(first.nbytes_packed) - 1)]
             for m in tokens:
                 x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                us = median_us([lambda w=w, x=x: F.linear(x, w) for w in copies])
-                kernel = select(Problem(m, n, k, spec, act, x.dtype, "cuda", arch)).kernel.name
-                row = {"layer": layer, "n": n, "k": k, "m": m, "weight": spec, "act": act, "kernel": kernel}
-                row |= {"us": us, "gb_s": first.nbytes_packed / us / 1e3, "speedup": bf16[m] / us}
-                row |= {"sqnr_db": sqnr_db(first, x), "sqnr_limit_db": fmt.kernel_sqnr_db}
-                records.append(row)
+                kernels = [select(Problem(m, n, k, spec, act, x.dtype, "cuda", arch)).kernel.name]
+                kernels += [PORTABLE] if kernels[0] == FEW_TOKENS else []
+                for kernel in kernels:
+                    with use_kernel(kernel):
+                        us = median_us([lambda w=w, x=x: F.linear(x, w) for w in copies])
+                        sqnr = sqnr_db(first, x)
+                    row = {"layer": layer, "n": n, "k": k, "m": m, "weight": spec, "act": act, "kernel": kernel}
+                    row |= {"us": us, "gb_s": first.nbytes_packed / us / 1e3, "speedup": bf16[m] / us}
+                    records.append(row | {"sqnr_db": sqnr, "sqnr_limit_db": fmt.kernel_sqnr_db})
             del copies, first
     return records
 
@@ -114,11 +119,18 @@ def table(records: list[dict[str, Any]], tokens: tuple[int, ...]) -> str:
         mine = [r for r in records if r["layer"] == layer]
         lines.append(f"{layer} {mine[0]['n']}x{mine[0]['k']}: us (speed-up over bf16) for M =")
         lines.append(f"{'':42}" + "".join(f"{m:>16}" for m in tokens) + "   least SQNR")
-        for name in dict.fromkeys((r["weight"], r["act"]) for r in mine):
-            row = {r["m"]: r for r in mine if (r["weight"], r["act"]) == name}
-            cells = "".join(f"{row[m]['us']:9.1f} ({row[m]['speedup']:.2f})" for m in tokens)
+        for weight, act, few in dict.fromkeys((r["weight"], r["act"], r["kernel"] == FEW_TOKENS) for r in mine):
+            row = {
+                r["m"]: r
+                for r in mine
+                if (r["weight"], r["act"], r["kernel"] == FEW_TOKENS) == (weight, act, few)
+            }  # fmt: skip
+            cells = "".join(
+                f"{row[m]['us']:9.1f} ({row[m]['speedup']:.2f})" if m in row else f"{'':16}" for m in tokens
+            )
             worst = min(r.get("sqnr_db", float("inf")) for r in row.values())
-            lines.append(f"{name[0] + (' x ' + name[1] if name[1] else ''):42}{cells}   {worst:6.1f} dB")
+            name = weight + (f" x {act}" if act else "") + (f" {FEW_TOKENS}" if few else "")
+            lines.append(f"{name:42}{cells}   {worst:6.1f} dB")
     return "\n".join(lines)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import Format, parse_format
-from lowbit.kernels import blocked, convolution
+from lowbit.kernels import convolution
 from lowbit.kernels.convolution import Convolution
-from lowbit.kernels.select import Problem, select
+from lowbit.kernels.select import Problem, select, select_gradient
 
 _LIB = torch.library.Library("lowbit", "DEF")
 _LIB.define(
@@ -106,7 +106,8 @@ def _linear_dgrad(grad: Tensor, planes: list[Tensor], spec: str, n: int, k: int)
     fmt = parse_format(spec)
     flat = grad.reshape(-1, n)
     named = dict(zip(fmt.plane_names, planes, strict=True))
-    return blocked.blocked_dgrad(flat, named, fmt, n, k).view(*grad.shape[:-1], k)
+    kernel = select_gradient(problem_of(flat, flat.shape[0], n, k, spec, ""))
+    return kernel.function(flat, named, fmt, n, k).view(*grad.shape[:-1], k)
 
 
 def _linear_dgrad_fake(grad: Tensor, planes: list[Tensor], spec: str, n: int, k: int) -> Tensor:

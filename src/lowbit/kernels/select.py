@@ -192,6 +192,12 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("reference", None, "reference:reference", _accept, by_name_only=True),
 )
 
+# Gradients of the input, `f(grad (M, N), planes, fmt, n, k) -> (M, K)`; the first that accepts runs.
+GRADIENTS: tuple[Kernel, ...] = (
+    Kernel("triton_dgrad", "cuda", "triton.dequant:dgrad", _triton),
+    Kernel("torch_blocked_dgrad", None, "blocked:blocked_dgrad", _accept),
+)
+
 _forced: ContextVar[str | None] = ContextVar("lowbit_kernel", default=None)
 
 
@@ -218,6 +224,11 @@ def select(problem: Problem) -> Choice:
         UnsupportedError: none does; the message lists each kernel with its reason.
     """
     return _select(problem, _forced.get())
+
+
+def select_gradient(problem: Problem) -> Kernel:
+    """The kernel for the gradient of the input of `problem`."""
+    return next(kernel for kernel in GRADIENTS if kernel.why_not(problem) is None)
 
 
 @lru_cache(maxsize=4096)

@@ -2,8 +2,8 @@
 
 A word holds the codes of `parts` neighbours along K. Part `j` of a tile, the weights `parts * i + j`, comes from the
 same words by another shift, and meets part `j` of the activation: no code ever moves to another thread. Words are
-bytes, decoded in fp32 arithmetic, or, for integers and 4-bit floats with bf16 operands on NVIDIA GPUs, pairs of bytes
-that a few PTX instructions decode two at a time. The numbers are the same.
+bytes, decoded in fp32 arithmetic, or, for integers, 4-bit floats and tables of 16 with bf16 operands on NVIDIA GPUs,
+pairs of bytes that a few PTX instructions decode. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Packing:
     parts: int = 0
     ptx: tuple[str, ...] = ()
     has_ptx: bool = False
+    has_lut: bool = False  # the one assembly gives all parts, from a table held in registers
 
 
 @cache
@@ -42,9 +43,11 @@ def _packing(layout: Layout, bk: int, operand: torch.dtype, words: bool) -> Pack
     def fits(parts: int) -> bool:
         return bk // parts >= MIN_PART and all(t.k % parts == 0 for t in tiles)
 
-    small_float = layout.kind == "float" and layout.bits == 4
-    if words and operand == torch.bfloat16 and (layout.kind == "int" or small_float) and fits(2 * layout.parts):
-        return Packing(2 * layout.parts, tuple(_ptx(layout, j) for j in range(2 * layout.parts)), True)
+    if words and operand == torch.bfloat16 and fits(2 * layout.parts):
+        if layout.kind == "int" or (layout.kind == "float" and layout.bits == 4):
+            return Packing(2 * layout.parts, tuple(_ptx(layout, j) for j in range(2 * layout.parts)), True)
+        if layout.kind == "table" and layout.bits == 4 and layout.vector == 1:
+            return Packing(4, (_LUT,), False, True)
     return Packing(layout.parts) if fits(layout.parts) else Packing()
 
 
@@ -62,8 +65,8 @@ def _ptx(layout: Layout, part: int) -> str:
 
     def number(name: str, value: int) -> str:
         """A small integer or its negative as bf16."""
-        bits = torch.tensor(float(value), dtype=torch.bfloat16).view(torch.int16).item() & 0xFFFF
-        return constant(name, int(bits))
+        bits = int(torch.tensor(float(value), dtype=torch.bfloat16).view(torch.int16).item())
+        return constant(name, bits & 0xFFFF)
 
     def shifted(to: str, by: int) -> str:
         return f"{'shr' if by >= 0 else 'shl'}.b32 {to}, $1, {abs(by)}; "
@@ -101,6 +104,55 @@ def _ptx(layout: Layout, part: int) -> str:
 @triton.constexpr_function
 def _assembly(packing, part):  # type: ignore[no-untyped-def]
     return packing.ptx[part]
+
+
+# Two words `$4` of four 4-bit codes each to the entries of a table of 16 bf16 numbers: part j of both words in `$j`.
+# `prmt` picks four bytes out of eight by the low three bits of each code; the top bit chooses between the halves of
+# the table, whose low bytes are in $5, $7, $9, $11 and high bytes in $13, $15, $17, $19 (four entries in each).
+_LUT = (
+    "{ .reg .b32 s, t, u, m, n, a, b, l0, l1, h0, h1, p, q; "
+    "and.b32 s, $4, 0x77777777; shr.b32 t, s, 16; shl.b32 u, $4, 4; "
+    # 0xff where the top bit of a code is set: `prmt` repeats the sign of a byte.
+    "prmt.b32 m, u, $4, 0xd9c8; prmt.b32 n, u, $4, 0xfbea; "
+    "prmt.b32 a, $5, $7, s; prmt.b32 b, $9, $11, s; lop3.b32 l0, a, b, m, 0xd8; "
+    "prmt.b32 a, $13, $15, s; prmt.b32 b, $17, $19, s; lop3.b32 h0, a, b, m, 0xd8; "
+    "prmt.b32 a, $5, $7, t; prmt.b32 b, $9, $11, t; lop3.b32 l1, a, b, n, 0xd8; "
+    "prmt.b32 a, $13, $15, t; prmt.b32 b, $17, $19, t; lop3.b32 h1, a, b, n, 0xd8; "
+    "prmt.b32 p, l0, h0, 0x5140; prmt.b32 q, l1, h1, 0x5140; "
+    "prmt.b32 $0, p, q, 0x5410; prmt.b32 $1, p, q, 0x7632; "
+    "prmt.b32 p, l0, h0, 0x7362; prmt.b32 q, l1, h1, 0x7362; "
+    "prmt.b32 $2, p, q, 0x5410; prmt.b32 $3, p, q, 0x7632; }"
+)
+
+
+@triton.jit
+def _four_bytes(codebook, FIRST: tl.constexpr, SHIFT: tl.constexpr):
+    """One byte of each of four entries, rounded to bf16, in an int32."""
+    word = 0
+    for i in tl.static_range(4):
+        entry = tl.load(codebook + (FIRST + i)).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int32)
+        word = word | (((entry >> SHIFT) & 255) << (8 * i))
+    return word
+
+
+@triton.jit
+def lut_of(codebook):
+    """A table of 16 as eight registers: low bytes, then high bytes."""
+    l0, l1 = _four_bytes(codebook, 0, 0), _four_bytes(codebook, 4, 0)
+    l2, l3 = _four_bytes(codebook, 8, 0), _four_bytes(codebook, 12, 0)
+    h0, h1 = _four_bytes(codebook, 0, 8), _four_bytes(codebook, 4, 8)
+    h2, h3 = _four_bytes(codebook, 8, 8), _four_bytes(codebook, 12, 8)
+    return l0, l1, l2, l3, h0, h1, h2, h3
+
+
+@triton.jit
+def lut_parts(words, l0, l1, l2, l3, h0, h1, h2, h3, PACKING: tl.constexpr):
+    """The four parts of int16 words of 4-bit codes of a table."""
+    return tl.inline_asm_elementwise(
+        _assembly(PACKING, 0), "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [words, l0, l1, l2, l3, h0, h1, h2, h3],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -132,8 +132,8 @@ def _scale_rows(y: Tensor, products: Tensor, row_scale: Tensor, bias: Tensor | N
 def dgrad(grad: Tensor, planes: Mapping[str, Tensor], fmt: Format, n: int, k: int) -> Tensor:
     """`grad (M, N) @ W (N, K)`: columns of the weight at a time, so that every sum over N is cuBLAS's own."""
     out = torch.empty(grad.shape[0], k, dtype=grad.dtype, device=grad.device)
-    if grad.shape[0] == 0 or k == 0:
-        return out
+    if grad.shape[0] == 0 or k == 0 or n == 0:
+        return out.zero_()
     chunk = max(BLOCK_K, WORKSPACE // max(n * grad.element_size(), 1) // BLOCK_K * BLOCK_K)
     workspace = torch.empty(n * min(chunk, k), dtype=grad.dtype, device=grad.device)
     for start in range(0, k, chunk):

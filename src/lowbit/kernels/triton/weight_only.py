@@ -23,7 +23,7 @@ from lowbit.formats.base import Format
 from lowbit.kernels.select import Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.decode import Layout, Tiles, layout_of, levels, scales, tile_bytes, tile_of, weight_args
-from lowbit.kernels.triton.decode_packed import packing_for, part_of, split_parts
+from lowbit.kernels.triton.decode_packed import lut_of, lut_parts, packing_for, part_of, split_parts
 from lowbit.kernels.triton.launch import OPTIONS, has_native_float8, multiprocessors, on_device
 
 # Scales that cover at least this many weights along K are applied once per step, to the accumulator.
@@ -55,11 +55,11 @@ def config_for(m: int, n: int, k: int, layout: Layout, operand: torch.dtype, act
     if operand == torch.float32:  # plain fused multiply-adds: small tiles
         c = Config(16 if m <= 16 else 32, 64, 32, 4, 2)
     elif m <= 16:
-        c = Config(16, 64, 128, 4, 4)
+        c = Config(16, 64, 256, 4, 3)
     elif m <= 64:
-        c = Config(32 if m <= 32 else 64, 64, 128, 4, 3)
+        c = Config(32 if m <= 32 else 64, 128, 128, 4 if layout.bits == 8 else 8, 3)
     else:
-        c = Config(128, 128, 64, 8, 3)
+        c = Config(128, 128, 64 if layout.bits == 8 else 128, 8, 3)
     bk = c.bk
     for tile in (layout.scale.k, layout.outer.k, layout.shift.k):
         divisor = power_of_two_divisor(tile) if tile else bk
@@ -70,7 +70,9 @@ def config_for(m: int, n: int, k: int, layout: Layout, operand: torch.dtype, act
     wanted = (2 if m <= 32 else 1) * sms
     split = max(1, min(wanted // ctas, steps // 4, 16, MAX_PARTIALS // (4 * m * n)))
     per_split = -(-steps // split)
-    return replace(c, bk=bk, split=-(-steps // per_split))
+    # Shorter steps have room for one more in flight.
+    stages = c.stages + 1 if m <= 16 and bk < c.bk else c.stages
+    return replace(c, bk=bk, stages=stages, split=-(-steps // per_split))
 
 
 @triton.jit
@@ -126,6 +128,8 @@ def weight_only_kernel(
     begin = tl.program_id(2) * k_per_split
     end = tl.minimum(begin + k_per_split, K)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
+    if PACKING.has_lut:
+        l0, l1, l2, l3, h0, h1, h2, h3 = lut_of(codebook)
     if SCALE_AT == "step":
         following = scales(
             scale, stride_scale, outer_scale, stride_outer_scale, scale_offset, stride_scale_offset,
@@ -149,8 +153,13 @@ def weight_only_kernel(
             x_parts = split_parts(xt, PARTS)
             if ZERO.kind != "":
                 zero = tile_of(zero_point, stride_zero_point, rows, row_ok, k0, K, ZERO, BK, STEP).to(OPERAND)
+            if PACKING.has_lut:
+                entries = lut_parts(words, l0, l1, l2, l3, h0, h1, h2, h3, PACKING)
             for j in tl.static_range(PARTS):
-                w = part_of(words, codebook, j, L, PACKING, NATIVE, OPERAND)
+                if PACKING.has_lut:
+                    w = entries[j]
+                else:
+                    w = part_of(words, codebook, j, L, PACKING, NATIVE, OPERAND)
                 if ZERO.kind != "":
                     w -= zero
                 if SCALE_AT == "level":
@@ -259,7 +268,7 @@ def matmul(
     }
     steps = -(-k // c.bk)
     packing = packing_for(shared["L"], c.bk, x.dtype, args["p0"])
-    if packing.has_ptx:
+    if packing.has_ptx or packing.has_lut:
         args |= {"p0": args["p0"].view(torch.int16), "stride_p0": args["stride_p0"] // 2}
         args["bytes_p0"] //= 2
     decoding = {"PACKING": packing, "NATIVE": has_native_float8(x.device)}
