@@ -113,24 +113,23 @@ def measure(tokens: tuple[int, ...], formats: tuple[tuple[str, str], ...], budge
     return records
 
 
+def variant(record: dict[str, Any]) -> tuple[str, str, bool]:
+    """What shares a line of the table: the formats, and whether it is the kernel for few tokens."""
+    return record["weight"], record["act"], record["kernel"] == FEW_TOKENS
+
+
 def table(records: list[dict[str, Any]], tokens: tuple[int, ...]) -> str:
     lines = []
     for layer in dict.fromkeys(r["layer"] for r in records):
         mine = [r for r in records if r["layer"] == layer]
         lines.append(f"{layer} {mine[0]['n']}x{mine[0]['k']}: us (speed-up over bf16) for M =")
         lines.append(f"{'':42}" + "".join(f"{m:>16}" for m in tokens) + "   least SQNR")
-        for weight, act, few in dict.fromkeys((r["weight"], r["act"], r["kernel"] == FEW_TOKENS) for r in mine):
-            row = {
-                r["m"]: r
-                for r in mine
-                if (r["weight"], r["act"], r["kernel"] == FEW_TOKENS) == (weight, act, few)
-            }  # fmt: skip
-            cells = "".join(
-                f"{row[m]['us']:9.1f} ({row[m]['speedup']:.2f})" if m in row else f"{'':16}" for m in tokens
-            )
+        for weight, act, few in dict.fromkeys(map(variant, mine)):
+            row = {r["m"]: r for r in mine if variant(r) == (weight, act, few)}
+            cells = (f"{row[m]['us']:9.1f} ({row[m]['speedup']:.2f})" if m in row else "" for m in tokens)
             worst = min(r.get("sqnr_db", float("inf")) for r in row.values())
             name = weight + (f" x {act}" if act else "") + (f" {FEW_TOKENS}" if few else "")
-            lines.append(f"{name:42}{cells}   {worst:6.1f} dB")
+            lines.append(f"{name:42}{''.join(f'{cell:>16}' for cell in cells)}   {worst:6.1f} dB")
     return "\n".join(lines)
 
 
