@@ -102,6 +102,14 @@ def test_linear_is_right(weight: str, spec: str, m: int, n: int, k: int, dtype: 
     assert_close(y.to(BF16 if dtype == FP32 else dtype), expected(x, w, bias), fmt, BF16 if dtype == FP32 else dtype)
 
 
+@pytest.mark.parametrize("weight", ["float8_e4m3:row", "int8:row"])
+def test_weights_cut_anywhere(weight: str) -> None:
+    """Columns that start at no multiple of 16 bytes."""
+    w = weight_on_gpu(parse_format(weight), 64, 256, activation(weight))[:, 9:185]
+    x = inputs(20, 176, BF16)
+    assert_close(F.linear(x, w), expected(x, w), w.format, BF16)
+
+
 @pytest.mark.parametrize(
     ("weight", "spec", "kernel"),
     [

@@ -10,6 +10,7 @@ from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 
 from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format
+from lowbit.formats.activation import parse_activation
 from lowbit.kernels.select import use_kernel
 from lowbit.kernels.triton import dequant, weight_only
 from lowbit.kernels.triton.weight_only import Config
@@ -132,6 +133,17 @@ def test_gradient_of_the_input(spec: str, dtype: torch.dtype) -> None:
     assert_close(x.grad, grad.double() @ fmt.dequantize(w.planes, n, k).double(), fmt, dtype)
     got = dequant.dgrad(grad, w.planes, fmt, n, k)
     assert_close(got, grad.double() @ fmt.dequantize(w.planes, n, k).double(), fmt, dtype)
+
+
+@pytest.mark.parametrize("act", ["", "int8:row", "float8_e4m3:row"])
+@pytest.mark.parametrize("m", [3, 40, 200])
+def test_biases_of_other_layouts(act: str, m: int) -> None:
+    """Every second element of a longer bias, and a bias in fp32 beside bf16 activations."""
+    fmt, n, k = parse_format(act or "int4:g128"), 64, 256
+    w, x = weight_on_gpu(fmt, n, k, parse_activation(act)), inputs(m, k, BF16)
+    wide = torch.linspace(-1, 1, 2 * n, device="cuda")
+    for bias in (wide[::2].bfloat16(), wide.bfloat16()[::2], wide[::2]):
+        assert_close(F.linear(x, w, bias), expected(x, w, bias), fmt, BF16)
 
 
 def test_many_tokens() -> None:

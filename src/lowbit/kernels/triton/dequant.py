@@ -98,6 +98,7 @@ def chunked(
     row_scale = None
     if problem.activation is not None:
         x, row_scale = act_quant.split(x, problem.activation, act_scale)
+    bias = None if bias is None else bias.to(problem.dtype).contiguous()
     y = torch.empty(m, n, dtype=problem.dtype, device=x.device)
     chunk = rows_per_chunk(k * x.element_size(), WORKSPACE)
     if row_scale is not None:

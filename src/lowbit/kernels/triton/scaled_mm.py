@@ -92,7 +92,7 @@ def matmul(
         scaled_mm_kernel[(-(-m // c.bm), -(-n // c.bn))](
             codes, w, w.stride(0), y, row_scale, 0 if row_scale.shape[0] == 1 else 1,
             weight_scale, 0 if weight_scale.shape[0] == 1 else weight_scale.stride(0),
-            y if bias is None else bias, m, n, k, HAS_BIAS=bias is not None, BM=c.bm, BN=c.bn, BK=c.bk,
+            y if bias is None else bias.contiguous(), m, n, k, HAS_BIAS=bias is not None, BM=c.bm, BN=c.bn, BK=c.bk,
             num_warps=c.warps, num_stages=c.stages, **OPTIONS,
         )  # fmt: skip
     return y

@@ -264,7 +264,7 @@ def matmul(
         "SPLIT": c.split,
         "row_scale": y if row_scale is None else row_scale,
         "stride_row_scale": 0 if row_scale is None or row_scale.shape[0] == 1 else row_scale.stride(0),
-        "bias": y if bias is None else bias,
+        "bias": y if bias is None else bias.contiguous(),
     }
     steps = -(-k // c.bk)
     packing = packing_for(shared["L"], c.bk, x.dtype, args["p0"])
