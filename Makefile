@@ -12,7 +12,7 @@ DEMO ?=
 PYTEST ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 
 .PHONY: help demo test test-gpu lint format bench clean
 
@@ -22,8 +22,10 @@ help:
 	@echo "make lint      ruff and mypy                     make format    let ruff rewrite"
 	@echo "make bench     kernels against bf16 on a GPU     make clean     remove everything made here"
 
+# Threads that sleep while they wait: on a machine that does other things too, spinning ones take the cores away from
+# the threads that they wait for.
 demo: $(VENV)/.cli
-	$(BIN)/lowbit demo $(DEMO)
+	OMP_WAIT_POLICY=passive $(BIN)/lowbit demo $(DEMO)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(PYTEST)

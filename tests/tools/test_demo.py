@@ -96,6 +96,23 @@ def test_calibration_text_is_not_the_measured_text():
     assert torch.equal(demo.calibration_ids(ids[100:], ids, 30, "cpu"), ids[:30].view(1, -1))
 
 
+@pytest.mark.parametrize(("one", "two", "best"), [(5.0, 9.0, 2), (5.0, 0.4, 1)])
+def test_the_faster_number_of_threads_is_taken(monkeypatch, one, two, best):
+    class Said:
+        @property
+        def tokens_per_second(self):
+            return one if torch.get_num_threads() == 1 else two
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(demo, "generate", lambda *a, **k: Said())
+        assert demo.best_threads(None) == best
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_plans_name_configs_that_exist():
     for plan in (demo.FULL, demo.QUICK):
         assert [parse_config(c).spec for c in plan.configs] == list(plan.configs)

@@ -23,7 +23,7 @@ from lowbit.cli.output import (
     emit_json,
     megabytes,
     progress_bar,
-    stderr,
+    say,
     stdout,
 )
 from lowbit.cli.weights import Config, quantize_as_asked
@@ -85,7 +85,7 @@ def generate(
         })  # fmt: skip
         return
     speed = "" if result.new_tokens < 2 else f", {result.tokens_per_second:.1f} tokens/s"
-    stderr().print(
+    say(
         f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new "
         f"tokens{speed}; weights {megabytes(weight_bytes(loaded))} MB, cache {megabytes(result.cache_bytes)} MB[/]"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -24,10 +26,11 @@ from lowbit.cli.output import (
     emit_json,
     megabytes,
     progress_bar,
+    say,
     stderr,
     stdout,
 )
-from lowbit.tools.demo import FULL, GRID_NOTE, QUICK, DemoResult, DemoRow, run_demo
+from lowbit.tools.demo import FULL, GRID_NOTE, QUICK, DemoResult, DemoRow, best_threads, run_demo
 from lowbit.tools.doctor import ConfigCheck, diagnose
 from lowbit.tools.sources import find_source
 
@@ -62,7 +65,7 @@ def doctor(
     console.print(table)
     failed = [c.config for c in found.configs if not c.runs]
     if failed:
-        stderr().print(f"[bold red]{len(failed)} configs do not run here:[/] {', '.join(failed)}")
+        say(f"[bold red]{len(failed)} configs do not run here:[/] {', '.join(failed)}")
         return FAILED
     console.print(f"[bold green]all {len(found.configs)} configs run here[/]")
     return OK
@@ -94,13 +97,15 @@ def demo(
     plan = QUICK if quick else FULL
     started = time.perf_counter()
     if model == "demo":
-        stderr().print("[dim]SmolLM2-135M-Instruct; the first time it is downloaded (93 MB) into lowbit's cache[/]")
+        say("[dim]SmolLM2-135M-Instruct; the first time it is downloaded (93 MB) into lowbit's cache[/]")
     source = find_source(model)
     if source.kind == "checkpoint":
         raise ValueError(f"{source.path} is quantized already; the demo starts from an original model")
     loaded, tokenizer = source.model(device=device), source.tokenizer()
     named = "SmolLM2-135M-Instruct" if model == "demo" else source.path.resolve().name
-    live = _LiveRows(console, plan.tokens)
+    if loaded.model.norm.weight.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(best_threads(loaded))
+    live = _LiveRows(console)
     with progress_bar("demo", console) as update:
         result = run_demo(
             loaded, tokenizer, plan, name=named, notes=(GRID_NOTE,) if model == "demo" else (), on_row=live.add,
@@ -126,9 +131,8 @@ _COLUMNS = (
 class _LiveRows:
     """The table, row by row: rich prints whole tables only, so columns have fixed widths."""
 
-    def __init__(self, console: Console, tokens: int) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.samples: list[tuple[str, str]] = []
         console.print("[bold]" + " ".join(f"{t:<{w}}" if i == 0 else f"{t:>{w}}" for i, (t, w) in enumerate(_COLUMNS)))
         console.print("[dim]" + "─" * (sum(w for _, w in _COLUMNS) + len(_COLUMNS) - 1))
 
@@ -144,7 +148,8 @@ def row_cells(row: DemoRow) -> list[str]:
     original = not row.sqnr_db
     kl = "-" if original else f"{q.kl_mean:.4f} ± {q.kl_stderr:.4f}"
     top1 = "-" if original or q.top1_agreement is None else f"{100 * q.top1_agreement:.1f}"
-    perplexity = f"{q.perplexity:.2f} ± {q.perplexity_stderr:.2f}"
+    digits = 2 if q.perplexity < 1000 else 0
+    perplexity = f"{q.perplexity:.{digits}f} ± {q.perplexity_stderr:.{digits}f}"
     speed = f"{row.tokens_per_second:.1f}"
     return [row.config, f"{row.model_bytes / 1e6:.1f}", f"{row.bits_per_weight:.3f}", perplexity, kl, top1, speed]
 

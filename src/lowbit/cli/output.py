@@ -39,8 +39,13 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """For progress and messages."""
+    """For progress bars."""
     return Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """Print a message to stderr, in one line however long it is."""
+    stderr().print(message, soft_wrap=True)
 
 
 def emit_json(document: Any) -> None:
@@ -88,7 +93,7 @@ def _report(error: Exception, code: int, kwargs: dict[str, Any]) -> int:
     if kwargs.get("as_json"):
         emit_json({"error": message, "kind": type(error).__name__})
     else:
-        stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+        say(f"[bold red]error:[/] {escape(message)}")
     return code
 
 

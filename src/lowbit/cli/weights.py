@@ -26,7 +26,7 @@ from lowbit.cli.output import (
     emit_json,
     megabytes,
     progress_bar,
-    stderr,
+    say,
     stdout,
 )
 from lowbit.explain import explain as explain_model
@@ -102,7 +102,7 @@ def _calibrated(source: Source, model: Llama) -> dict[str, Statistics]:
     # The end of the packaged text; `eval` and the demo measure on its beginning.
     ids = torch.tensor(source.tokenizer().encode(held_out_text()))
     window = min(1024, model.config.max_positions)
-    stderr().print(f"calibrating static activation scales on {window} tokens of the packaged prose")
+    say(f"calibrating static activation scales on {window} tokens of the packaged prose")
     return calibrate(model, [ids[-window:].view(1, -1)])
 
 
@@ -118,7 +118,7 @@ def verify(directory: Directory, as_json: Json = False, debug: Debug = False) ->
     elif result.ok:
         stdout().print(f"[bold green]ok[/] {escape(str(result))}")
     else:
-        stderr().print(f"[bold red]damaged[/] {escape(str(result))}")
+        say(f"[bold red]damaged[/] {escape(str(result))}")
     return OK if result.ok else FAILED
 
 

@@ -51,13 +51,13 @@ class DemoPlan:
     """How much is measured. `tokens` of text in windows of `window`; `new_tokens` are generated per config."""
 
     configs: tuple[str, ...] = CONFIGS
-    tokens: int = 3072
+    tokens: int = 2048
     window: int = 1024
-    new_tokens: int = 40
+    new_tokens: int = 32
 
 
 FULL = DemoPlan()
-QUICK = DemoPlan(("int8wo", "int4wo-32", "nvfp4wo", "int2wo-32-asym"), tokens=1024, new_tokens=24)
+QUICK = DemoPlan(("int8wo", "int4wo-32", "nvfp4wo", "int2wo-32-asym"), tokens=768, window=768, new_tokens=20)
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,24 @@ def run_demo(
         progress(steps, steps, "done")
     result.seconds = time.perf_counter() - started
     return result
+
+
+def best_threads(model: Llama) -> int:
+    """How many CPU threads generate fastest now: all that torch uses, or one.
+
+    Threads meet after every layer. Where other programs hold a core, all wait for the one that is not running, and a
+    single thread can be many times faster.
+    """
+    threads = torch.get_num_threads()
+    ids = torch.ones(1, 8, dtype=torch.long)
+    speeds: dict[int, float] = {}
+    try:
+        for count in {threads, 1}:
+            torch.set_num_threads(count)
+            speeds[count] = generate(model, ids, 6, warmup=True).tokens_per_second
+    finally:
+        torch.set_num_threads(threads)
+    return max(speeds, key=lambda count: speeds[count])
 
 
 def original_quality(reference: Reference, seconds: float) -> EvalResult:

@@ -112,10 +112,16 @@ def _table_row(row: DemoRow, result: DemoResult) -> dict[str, Any]:
         "speed": row.tokens_per_second if math.isfinite(row.tokens_per_second) else None,
         "speed_bar": 100 * row.tokens_per_second / max(speeds) if math.isfinite(row.tokens_per_second) else 0.0,
         "top1": None if original or q.top1_agreement is None else 100 * q.top1_agreement,
-        "change": None if original or q.perplexity_ratio is None else 100 * (q.perplexity_ratio - 1),
+        "digits": 2 if q.perplexity < 1000 else 0,
+        "change": "" if original or q.perplexity_ratio is None else _change(q.perplexity_ratio),
         "worst": min(row.sqnr_db.values()) if row.sqnr_db else None,
         "median": statistics.median(row.sqnr_db.values()) if row.sqnr_db else None,
     }
+
+
+def _change(ratio: float) -> str:
+    """A ratio as people say it: +3.2 %, or 14 times."""
+    return f"{100 * (ratio - 1):+.1f} %" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _log_share(kl: float) -> float:
@@ -139,7 +145,7 @@ def _cards(result: DemoResult) -> list[dict[str, str]]:
             "config": row.config,
             "figure": f"{smaller:.2f}x smaller",
             "text": f"{row.bits_per_weight:.2f} bits per weight, KL {kl(row):.3g} nats, "
-            f"perplexity {row.quality.perplexity:.2f} (original {original.quality.perplexity:.2f})",
+            f"perplexity {row.quality.perplexity:.4g} (original {original.quality.perplexity:.2f})",
         }
 
     cards = [card("closest to the original", min(quantized, key=kl))]
