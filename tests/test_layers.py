@@ -78,9 +78,9 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_extras_are_imported_late(path: Path) -> None:
-    """At the top of a file only where the whole file is about the extra: Triton kernels and the command line."""
+    """At the top of a file only where the whole file is about the extra: GPU kernels and the command line."""
     module = module_of(path)
-    if within(module, "lowbit.kernels.triton") or any(within(module, t) for t in TOP):
+    if any(within(module, t) for t in ("lowbit.kernels.triton", "lowbit.kernels.cuda", *TOP)):
         return
     early = {name.split(".")[0] for name in imports(path, top_level_only=True)} & EXTRAS
     assert not early, f"{module} imports {sorted(early)} when it is imported"

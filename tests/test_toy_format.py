@@ -16,8 +16,6 @@ from lowbit.formats.base import unregister
 from lowbit.formats.fp8 import Float8Format
 
 TESTS = Path(__file__).parent
-# Where tests are drawn from the registry; the two-rank test would start its own processes without the plugin.
-SUITES = ("formats", "kernels/test_select.py", "test_tensor.py", "test_ops.py", "test_compile.py", "test_checkpoint.py")
 
 
 def test_the_whole_suite_takes_it_up() -> None:
@@ -25,13 +23,13 @@ def test_the_whole_suite_takes_it_up() -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "toy_format", "-p", "no:xdist", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, "-k", "ternary", *(str(TESTS / suite) for suite in SUITES)],
+        [*command, "-m", "not gpu", "-k", "ternary", str(TESTS), f"--ignore={__file__}"],
         env=env, cwd=TESTS.parent, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 45, run.stdout[-2000:]
+    assert int(passed[1]) >= 50, run.stdout[-2000:]
 
 
 def test_names_are_taken_once_and_given_back() -> None:
