@@ -91,6 +91,17 @@ def test_dynamic_activations(act: str) -> None:
     run_all(lambda: model(parse_format("int8:row"), act), torch.arange(9), backend="aot_eager")
 
 
+@pytest.mark.parametrize("spec", ["int8:row", "int4:g32", "nvfp4", "codebook4:g64"])
+def test_inference_mode(spec: str) -> None:
+    outside = model(parse_format(spec))
+    with torch.inference_mode():
+        inside = model(parse_format(spec))
+        for m in (outside, inside):
+            compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+            for tokens in (5, 9, 1):
+                assert same_bits(compiled(torch.arange(tokens)), m(torch.arange(tokens)))
+
+
 @pytest.mark.parametrize("spec", ["int8:row", "int4:g128", "mxfp4", "nf4:g64"])
 def test_convolution(spec: str) -> None:
     layer = nn.Conv2d(8, 12, 3, padding=1, groups=2)
