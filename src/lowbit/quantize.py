@@ -12,16 +12,16 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibrate import Statistics, static_scale
 from lowbit.configs import Config, Scheme
-from lowbit.formats.base import Format, Planes
-from lowbit.formats.fp8 import Float8Format
+from lowbit.formats.base import Format, Planes, count_nonfinite
+from lowbit.formats.elements import FloatElement
 from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
@@ -58,9 +58,9 @@ def quantize_(
 ) -> Report:
     """Quantize the weights of `model` in place and say what was done.
 
-    Layers are converted one at a time and their float weights released at once: beyond the model itself, at most one
-    layer exists twice. With `device`, each weight is quantized there, so a model too large for the device in bf16 can
-    still be quantized onto it.
+    Layers are converted one at a time and their float weights released at once. What is allocated on the way is the
+    quantized weights plus at most the two largest layers (for layers of more than a few MB). With `device`, each weight is quantized
+    there, so a model too large for the device in bf16 can still be quantized onto it.
 
     Args:
         model: any module. `nn.Linear` is quantized by default; `nn.Embedding` and `nn.Conv2d` when a rule or
@@ -75,8 +75,8 @@ def quantize_(
         progress: called with (layers done, layers in all, name) before each layer.
 
     Raises:
-        ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, or holds NaN or Inf.
-            Nothing has been changed when a rule is at fault.
+        ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, needs a calibrated
+            scale that is not there, or holds NaN or Inf. Nothing has been changed then.
     """
     started = time.perf_counter()
     rules = config.rules if isinstance(config, FqnToConfig) else config
@@ -87,12 +87,11 @@ def quantize_(
     else:
         plan = _plan_by_filter(model, _as_config(rules), filter_fn or is_linear)
 
-    report = Report()
-    work: list[tuple[str, nn.Module, Config, Scheme]] = []
+    report, work = Report(), list[Work]()
     for name, module, chosen in plan:
         reason = "left as it is by a rule" if chosen is None else why_not(module, chosen.scheme)
         if reason is None and chosen is not None:
-            work.append((name, module, chosen, chosen.scheme))
+            work.append(Work(name, module, chosen.scheme, _static_scale(name, chosen, calibration)))
         elif chosen is not None and on_unsupported == "error":
             raise ValueError(
                 f"quantize_: {name} cannot be quantized to {chosen.spec}: {reason}. Exclude it with a rule "
@@ -100,33 +99,41 @@ def quantize_(
             )
         else:
             report.layers.append(_skipped(name, module, reason or ""))
+    if on_nonfinite != "zero":
+        _refuse_nonfinite(work)
 
-    done: dict[int, tuple[nn.Parameter, str, Scheme]] = {}
-    for i, (name, module, chosen, scheme) in enumerate(work):
+    done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
+    for i, item in enumerate(work):
         if progress is not None:
-            progress(i, len(work), name)
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        shared = done.get(id(weight))
-        if shared is not None and shared[2] == scheme:
-            old, first = weight, shared[1]
-            module.weight = shared[0]
-            report.layers.append(_quantized(name, module, old, scheme, 0, None, f"shares the weight of {first}"))
-            continue
-        static = _static_scale(name, chosen, scheme, calibration)
-        quantized, sqnr = _quantize_weight(name, weight, scheme, device, on_nonfinite, static, measure)
-        parameter = nn.Parameter(quantized, requires_grad=False)
-        done[id(weight)] = (parameter, name, scheme)
-        report.layers.append(_quantized(name, module, weight, scheme, quantized.nbytes_packed, sqnr, None))
-        module.weight = parameter
-        # `done` keeps ids of weights that others still share; holding the weight itself would keep it alive.
-        if not _shared_elsewhere(model, weight):
-            del done[id(weight)]
+            progress(i, len(work), item.name)
+        weight: nn.Parameter = item.module.weight  # type: ignore[assignment]
+        key = (id(weight), item.scheme)
+        if key in done:
+            parameter, first = done[key]
+            report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
+        else:
+            quantized, sqnr = _quantize_weight(weight, item, device, on_nonfinite == "zero", measure)
+            report.layers.append(_quantized(item, weight, quantized.nbytes_packed, sqnr))
+            parameter = nn.Parameter(quantized, requires_grad=False)
+            # Only while another module still holds the float weight can its id come up again.
+            if sum(m.weight is weight for m in model.modules() if hasattr(m, "weight")) > 1:
+                done[key] = (parameter, item.name)
+        item.module.weight = parameter
     if device is not None:
         model.to(device)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda r: order[r.name])
     report.seconds = time.perf_counter() - started
     return report
+
+
+class Work(NamedTuple):
+    """One layer to be quantized: to what, and with which calibrated scale of its activation."""
+
+    name: str
+    module: nn.Module
+    scheme: Scheme
+    act_scale: float | None
 
 
 def why_not(module: nn.Module, scheme: Scheme) -> str | None:
@@ -192,7 +199,8 @@ def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
         if key is not None:
             used.add(key)
             plan.append((name, module, configs[key]))
-    unmatched = [key for key in configs if key not in used]
+    # `_default` may have nothing left to do; any other rule was meant for a layer.
+    unmatched = [key for key in configs if key not in used and key != "_default"]
     if unmatched:
         names = [n for n, m in _modules(model) if isinstance(m, QUANTIZABLE)]
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
@@ -203,26 +211,34 @@ def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
 # One layer ---------------------------------------------------------------------------------------
 
 
+def _refuse_nonfinite(work: list[Work]) -> None:
+    """Every layer is checked before the first is changed."""
+    bad = []
+    for item in work:
+        weight: Tensor = item.module.weight.detach()  # type: ignore[operator, union-attr, assignment]
+        count = count_nonfinite(weight)
+        if count:
+            bad.append(f"{item.name} ({count} of {weight.numel()})")
+    if bad:
+        raise ValueError(
+            f"quantize_: NaN or Inf values in {', '.join(bad)}; nothing was quantized. Repair the checkpoint, or pass "
+            "on_nonfinite='zero' to replace them by 0"
+        )
+
+
 def _quantize_weight(
-    name: str, weight: Tensor, scheme: Scheme, device: Any, on_nonfinite: str, static: float | None, measure: bool
+    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool
 ) -> tuple[QuantizedTensor, float | None]:
-    w = weight.detach()
-    if device is not None:
-        w = w.to(device)
-    finite = torch.isfinite(w)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
-        if on_nonfinite != "zero":
-            raise ValueError(
-                f"quantize_: {name} holds {bad} NaN or Inf values of {w.numel()}; repair the checkpoint, or pass "
-                "on_nonfinite='zero' to replace them by 0"
-            )
-        w = torch.where(finite, w, torch.zeros((), dtype=w.dtype, device=w.device))
-    del finite
-    act_scale = None if static is None else torch.full((1, 1), static, dtype=torch.float32, device=w.device)
-    quantized = QuantizedTensor.from_float(w, scheme.weight, scheme.act, act_scale)
-    flat = w.reshape(w.shape[0], -1)
-    return quantized, sqnr_db(flat, quantized.planes, scheme.weight) if measure else None
+    w = weight.detach() if device is None else weight.detach().to(device)
+    if zero_nonfinite:
+        w = w.nan_to_num(0.0, 0.0, 0.0)
+    act_scale = None
+    if item.act_scale is not None:
+        act_scale = torch.full((1, 1), item.act_scale, dtype=torch.float32, device=w.device)
+    quantized = QuantizedTensor.from_float(w, item.scheme.weight, item.scheme.act, act_scale)
+    if not measure:
+        return quantized, None
+    return quantized, sqnr_db(w.reshape(w.shape[0], -1), quantized.planes, item.scheme.weight)
 
 
 def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
@@ -241,10 +257,9 @@ def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
     return 10 * math.log10(signal / noise) if signal else 0.0
 
 
-def _static_scale(
-    name: str, config: Config, scheme: Scheme, calibration: Mapping[str, Statistics] | None
-) -> float | None:
-    if scheme.act is None or not scheme.act.static:
+def _static_scale(name: str, config: Config, calibration: Mapping[str, Statistics] | None) -> float | None:
+    act = config.scheme.act
+    if act is None or not act.static:
         return None
     given = getattr(config, "scale", None)
     if given is not None:
@@ -254,11 +269,7 @@ def _static_scale(
             f"quantize_: {name} needs a calibrated activation scale for {config.spec}; pass "
             "calibration=lowbit.calibrate(model, batches), or scale=... in the config"
         )
-    return static_scale(scheme.act, calibration[name])
-
-
-def _shared_elsewhere(model: nn.Module, weight: Tensor) -> bool:
-    return any(getattr(m, "weight", None) is weight for m in model.modules())
+    return static_scale(act, calibration[name])
 
 
 def _bytes(weight: Any) -> int:
@@ -274,19 +285,18 @@ def _skipped(name: str, module: nn.Module, reason: str) -> LayerReport:
     return LayerReport(name, type(module).__name__, shape, dtype, None, size, size, None, skipped=reason)
 
 
-#: Below these SQNRs a layer is worth a second look (8 bits: 30 dB, 4 bits: 15 dB on common weights).
-_EXPECTED_SQNR = {8: 30.0, 4: 15.0}
+def _expected_sqnr(fmt: Format) -> float | None:
+    """Below this many dB a layer is worth a second look; common weights give more."""
+    bits = fmt.element.bits // fmt.element.vector
+    if isinstance(fmt.element, FloatElement) and bits == 8:
+        return 20.0
+    return {8: 30.0, 4: 15.0}.get(bits)
 
 
-def _quantized(
-    name: str, module: nn.Module, old: Tensor, scheme: Scheme, size: int, sqnr: float | None, note: str | None
-) -> LayerReport:
-    fmt = scheme.weight
-    floor = _EXPECTED_SQNR.get(fmt.element.bits // fmt.element.vector)
-    if isinstance(fmt, Float8Format) or "fp8" in fmt.spec:
-        floor = 20.0
-    if note is None and sqnr is not None and floor is not None and sqnr < floor:
+def _quantized(item: Work, old: Tensor, size: int, sqnr: float | None) -> LayerReport:
+    floor, note = _expected_sqnr(item.scheme.weight), None
+    if sqnr is not None and floor is not None and sqnr < floor:
         note = f"SQNR below {floor:.0f} dB: outliers? a finer granularity may help"
-    before = 0 if size == 0 and note else _bytes(old)
     dtype = str(old.dtype).removeprefix("torch.")
-    return LayerReport(name, type(module).__name__, tuple(old.shape), dtype, scheme.spec, before, size, sqnr, note=note)
+    kind, shape = type(item.module).__name__, tuple(old.shape)
+    return LayerReport(item.name, kind, shape, dtype, item.scheme.spec, _bytes(old), size, sqnr, note=note)

@@ -33,7 +33,7 @@ MIN_SCALE = 2.0**-126
 # rounded up to the next power of two; one asymmetric bit spans twice the largest weight).
 LARGEST_WEIGHT = 2.0**126
 # Rows are encoded in chunks of about this many weights: the temporaries of a quantization stay small and in cache.
-CHUNK_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,7 @@ class Format(ABC):
             raise ValueError(f"{self.spec}: quantize takes a 2-D weight (N, K), got shape {tuple(w.shape)}")
         if not w.is_floating_point():
             raise ValueError(f"{self.spec}: quantize takes a float tensor, got {w.dtype}")
-        if check_finite and not bool(torch.isfinite(w).all()):
-            bad = int((~torch.isfinite(w)).sum())
+        if check_finite and (bad := count_nonfinite(w)):
             raise ValueError(f"{self.spec}: the weight holds {bad} NaN or Inf values; quantize needs finite numbers")
         w = w.detach()
         params = self.choose_params(w) if params is None else params
@@ -244,6 +243,12 @@ class Format(ABC):
         if whole == k:
             return op(w.reshape(n, k // tk, tk), s.unsqueeze(-1)).reshape(n, k)
         return op(w, s.repeat_interleave(tk, dim=1)[:, :k])
+
+
+def count_nonfinite(w: Tensor) -> int:
+    """How many values of `w` are NaN or Inf, looked at a few rows at a time."""
+    step = max(1, CHUNK_ELEMENTS * w.shape[0] // max(w.numel(), 1))
+    return sum(int(rows.isfinite().logical_not_().sum()) for rows in w.split(step)) if w.numel() else 0
 
 
 def tile_reduce(w: Tensor, tile: Tile, reduce: Callable[[Tensor], Tensor]) -> Tensor:
