@@ -124,6 +124,11 @@ def _change(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %" if ratio < 10 else f"{ratio:,.0f} times"
 
 
+def _perplexity(row: DemoRow) -> str:
+    value = row.quality.perplexity
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
 def _log_share(kl: float) -> float:
     """Length of a bar for a KL divergence: 0.001 nats and less are nothing, 10 nats are all of it."""
     return 100 * min(max((math.log10(max(kl, 1e-9)) + 3) / 4, 0.0), 1.0)
@@ -145,14 +150,14 @@ def _cards(result: DemoResult) -> list[dict[str, str]]:
             "config": row.config,
             "figure": f"{smaller:.2f}x smaller",
             "text": f"{row.bits_per_weight:.2f} bits per weight, KL {kl(row):.3g} nats, "
-            f"perplexity {row.quality.perplexity:.4g} (original {original.quality.perplexity:.2f})",
+            f"perplexity {_perplexity(row)} (original {_perplexity(original)})",
         }
 
     cards = [card("closest to the original", min(quantized, key=kl))]
     four = [r for r in quantized if 3.5 <= r.bits_per_weight < 5]
     if four:
         cards.append(card("closest with 4-bit codes", min(four, key=kl)))
-    cards.append(card("smallest", min(quantized, key=lambda r: r.model_bytes)))
+    cards.append(card("smallest, and its price", min(quantized, key=lambda r: r.model_bytes)))
     return cards
 
 
@@ -224,9 +229,12 @@ def _size_plot(result: DemoResult) -> str:
     axes.set_xlim(min(sizes) - 0.05 * room, max(sizes) + 0.34 * room)
     axes.set_ylim(min(divergences) / 1.7, max(divergences) * 1.7)
     low, high = (math.log(v) for v in axes.get_ylim())
-    places = _spread([(x, (math.log(y) - low) / (high - low)) for x, y, _ in points], 0.05, 0.25 * room)
+    heights = [(math.log(y) - low) / (high - low) for _, y, _ in points]
+    places = _spread(list(zip(sizes, heights)), 0.05, 0.25 * room)
     for (x, y, r), place in zip(points, places):
-        at = (x + 0.035 * room, math.exp(low + place * (high - low)))
+        # To the right of every point at the label's height.
+        near = [p for p, h in zip(sizes, heights) if x <= p < x + 0.2 * room and abs(h - place) < 0.06]
+        at = (max([x, *near]) + 0.035 * room, math.exp(low + place * (high - low)))
         axes.annotate(r.config, (x, y), at, fontsize=9.5, color=_COLOURS["--text"], va="center",
                       arrowprops={"arrowstyle": "-", "color": _COLOURS["--muted"], "linewidth": 0.5, "shrinkA": 0,
                                   "shrinkB": 4})  # fmt: skip
@@ -261,9 +269,10 @@ def _speed_plot(result: DemoResult) -> str:
     axes.barh([r.config for r in rows], speeds, height=0.62, color=[_COLOURS[family(r).variable] for r in rows])
     axes.set_xlim(0, (max(speeds) or 1.0) * 1.1)
     for i, speed in enumerate(speeds):
-        axes.annotate(f"{speed:.1f}", (speed, i), (4, 0), textcoords="offset points", va="center", fontsize=9,
-                      color=_COLOURS["--text"])  # fmt: skip
-    axes.axvline(speeds[-1], color=_COLOURS["--original"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(f"{speed:.1f}", (speed, i), (5, 0), textcoords="offset points", va="center", fontsize=9,
+                      color=_COLOURS["--text"],
+                      bbox={"facecolor": _COLOURS["--card"], "edgecolor": "none", "pad": 1})  # fmt: skip
+    axes.axvline(speeds[-1], color=_COLOURS["--original"], linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.tick_params(axis="y", length=0, labelcolor=_COLOURS["--text"])
     axes.spines["left"].set_visible(False)
@@ -272,20 +281,19 @@ def _speed_plot(result: DemoResult) -> str:
 
 
 def _layer_plot(rows: list[DemoRow]) -> str:
-    """One strip per config: the SQNR of every layer, first to last, as a colour."""
+    """One strip per config: how far the SQNR of each layer, first to last, is from the config's median."""
     figure, axes = _figure(11, 0.95 + 0.27 * len(rows))
     names = list(rows[0].sqnr_db)
-    values = [[min(r.sqnr_db.get(name, math.nan), 60.0) for name in names] for r in rows]
-    low = max(0.0, 5 * math.floor(min(min(v) for v in values) / 5))
-    high = 5 * math.ceil(max(max(v) for v in values) / 5)
-    for i, strip in enumerate(values):
-        # Each strip is its own picture, with a gap of the page's colour below.
-        mesh = axes.pcolormesh([j for j in range(len(names) + 1)], [i + 0.06, i + 0.94], [strip], cmap="viridis",
-                               vmin=low, vmax=high, rasterized=True)  # fmt: skip
-        text = f"{min(strip):.1f}  ·  {statistics.median(strip):.1f}"
-        axes.annotate(text, (1.008, i + 0.5), xycoords=("axes fraction", "data"), va="center", fontsize=9,
-                      color=_COLOURS["--text"], annotation_clip=False)  # fmt: skip
-    axes.annotate("lowest · median", (1.008, -0.35), xycoords=("axes fraction", "data"), va="center", fontsize=8,
+    # A layer that is held exactly has infinite SQNR; 100 dB are as good.
+    values = [[min(r.sqnr_db.get(name, math.nan), 100.0) for name in names] for r in rows]
+    medians = [statistics.median(strip) for strip in values]
+    reach = max(1.0, *(abs(v - m) for strip, m in zip(values, medians) for v in strip))
+    for i, (strip, median) in enumerate(zip(values, medians)):
+        mesh = axes.pcolormesh([j for j in range(len(names) + 1)], [i + 0.06, i + 0.94], [[v - median for v in strip]],
+                               cmap="viridis", vmin=-reach, vmax=reach, rasterized=True)  # fmt: skip
+        axes.annotate(f"{min(strip):.1f}  ·  {median:.1f}", (1.008, i + 0.5), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=9, color=_COLOURS["--text"], annotation_clip=False)  # fmt: skip
+    axes.annotate("lowest · median dB", (1.008, -0.35), xycoords=("axes fraction", "data"), va="center", fontsize=8,
                   color=_COLOURS["--muted"], annotation_clip=False)  # fmt: skip
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [r.config for r in rows])
@@ -299,7 +307,7 @@ def _layer_plot(rows: list[DemoRow]) -> str:
     bar = figure.colorbar(mesh, ax=axes, pad=0.11, fraction=0.016, aspect=28)
     bar.outline.set_visible(False)
     bar.ax.tick_params(color=_COLOURS["--line"], labelcolor=_COLOURS["--muted"], labelsize=9)
-    bar.set_label("SQNR, dB", color=_COLOURS["--muted"], fontsize=9)
+    bar.set_label("dB from the median layer", color=_COLOURS["--muted"], fontsize=9)
     return _svg(figure, "Signal to quantization noise per layer")
 
 
