@@ -68,7 +68,8 @@ def compile_source(source: str, name: str, defines: Defines, arch: tuple[int, in
     if int(status) != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{name}.cu did not compile for {target} with {dict(defines)}:\n{log.decode()}")
+        text = log.rstrip(b"\0").decode()
+        raise RuntimeError(f"{name}.cu did not compile for {target} with {dict(defines)}:\n{text}")
     code: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
     _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
     nvrtc.nvrtcDestroyProgram(program)

@@ -74,22 +74,37 @@ __device__ __forceinline__ void stream(u32 (&v)[4], const u8 *p) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
 }
 
+// Pairs of bf16. Below sm_90 only the fused form exists; times 1 and plus -0 change nothing.
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 __device__ __forceinline__ u32 sub2(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
     u32 d;
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
+#else
+    return fma2(a, 0x3f803f80, b ^ 0x80008000);
+#endif
+}
+
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+    u32 d;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+#else
+    return fma2(a, b, 0x80008000);
+#endif
 }
 
 // (v & mask) | bits in one instruction, which the compiler does not find by itself for two constants.
 __device__ __forceinline__ u32 mask_or(u32 v, u32 mask, u32 bits) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
-    return d;
-}
-
-__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 

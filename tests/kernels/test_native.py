@@ -1,0 +1,93 @@
+"""The native CPU kernel: every format decoded bit for bit, products right, and a reason where it cannot run."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import each_format, quantized, sqnr_db
+
+from lowbit import use_kernel
+from lowbit.formats import Format
+from lowbit.kernels.cpu import native
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
+
+
+def decoded(fmt: Format, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    w = quantized(fmt, n, k)
+    weight, keep = native._describe(fmt, w.planes, n, k)
+    library = native._library()
+    assert isinstance(library, ctypes.CDLL), library
+    out, size = torch.full((n, k), float("nan")), k + 16 + 2 * w.planes["scale"].shape[1]
+    scratch = torch.empty(2 * size)
+    library.lowbit_dequantize(ctypes.byref(weight), 0, n, out.data_ptr(), scratch.data_ptr(), size, 2)
+    del keep
+    return out, w.dequantize(torch.float32)
+
+
+@needs_compiler
+def test_compiles_here() -> None:
+    assert native.missing() is None
+
+
+@needs_compiler
+@each_format
+@pytest.mark.parametrize(("n", "k"), [(5, 1), (3, 31), (33, 64), (16, 129), (130, 257), (2, 4097)], ids=str)
+def test_decodes_the_same_bits(fmt: Format, n: int, k: int) -> None:
+    ours, reference = decoded(fmt, n, k)
+    assert torch.equal(ours, reference)
+
+
+@needs_compiler
+@each_format
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 40])
+def test_products(fmt: Format, m: int) -> None:
+    w = quantized(fmt, 70, 200)
+    x = torch.randn(m, 200, generator=torch.Generator().manual_seed(m))
+    with use_kernel("reference"):
+        expected = F.linear(x, w)
+    with use_kernel("cpu_native"):
+        y = F.linear(x, w)
+    assert sqnr_db(expected, y) > 110
+
+
+def run(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout
+
+
+WHICH = """
+import torch, lowbit
+from lowbit.kernels.cpu import native
+layer = torch.nn.Linear(64, 32); lowbit.quantize_(layer, "int4wo-32")
+assert layer(torch.ones(1, 64)).isfinite().all()
+print(native.missing(), "|", lowbit.explain(layer, tokens=(1,)).layers[0].ranges[0].kernel)
+"""
+
+
+def test_can_be_switched_off_and_says_so() -> None:
+    assert run(WHICH, LOWBIT_NATIVE="0").strip() == "switched off by LOWBIT_NATIVE=0 | torch_blocked"
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: os.PathLike[str]) -> None:
+    out = run(WHICH, CC="/bin/false", LOWBIT_CACHE=str(tmp_path))
+    assert "/bin/false could not build native.c" in out
+    assert out.strip().endswith("torch_blocked")
+
+
+@needs_compiler
+def test_is_compiled_once(tmp_path: os.PathLike[str]) -> None:
+    for _ in range(2):
+        assert run(WHICH, LOWBIT_CACHE=str(tmp_path)).strip() == "None | cpu_native"
+    files = [f for _, _, names in os.walk(tmp_path) for f in names]
+    assert len(files) == 1
+    assert files[0].endswith(".so")
