@@ -11,7 +11,7 @@ from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.select import use_kernel
+from lowbit.kernels.select import KERNELS, Problem, use_kernel
 from lowbit.kernels.triton import dequant, weight_only
 from lowbit.kernels.triton.weight_only import Config
 
@@ -33,8 +33,10 @@ def test_linear_is_right(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype
     reference = expected(x, w, bias)
     assert_close(F.linear(x, w, bias), reference, fmt, dtype)
     # The portable kernels too, where a faster one is chosen.
-    with use_kernel("triton_weight_only" if m <= 128 else "triton_chunked"):
-        assert_close(F.linear(x, w, bias), reference, fmt, dtype)
+    problem = Problem(m, n, k, fmt.spec, "", dtype, "cuda", torch.cuda.get_device_capability())
+    for kernel in (k for k in KERNELS if k.name.startswith("triton_") and k.why_not(problem) is None):
+        with use_kernel(kernel.name):
+            assert_close(F.linear(x, w, bias), reference, fmt, dtype)
 
 
 @each_format
@@ -47,14 +49,12 @@ def test_identity_activations_give_the_decoded_weights(fmt: Format) -> None:
     w = weight_on_gpu(fmt, n, k)
     dense = w.dequantize(FP32)
     last = weight_only.constants(fmt, 64)["OUTER_LAST"]
-    for kernel in ("triton_weight_only", "triton_chunked"):
-        with use_kernel(kernel):
-            if kernel == "triton_weight_only" or k > 128:
-                y = F.linear(torch.eye(k, device="cuda"), w).t()
-            else:
-                y = F.linear(torch.eye(k, device="cuda").repeat(2, 1), w)[:k].t()
-        tolerance = 2.0**-23 if last and kernel == "triton_weight_only" else 0.0
-        assert bool(((y - dense).abs() <= tolerance * dense.abs()).all()), kernel
+    x = torch.eye(k, device="cuda")
+    decoded = weight_only.matmul(x, w.planes, fmt, n, None, FP32).t()
+    tolerance = 2.0**-23 if last else 0.0
+    assert bool(((decoded - dense).abs() <= tolerance * dense.abs()).all())
+    with use_kernel("triton_chunked"):
+        assert torch.equal(F.linear(x, w).t(), dense)
 
 
 @each_format

@@ -96,15 +96,10 @@ def _triton(p: Problem) -> str | None:
 
 
 def _weight_only(p: Problem) -> str | None:
-    act = p.activation
-    if p.m > 128 and not (act and act.grouped):
-        return f"M = {p.m} is above 128, where dequantizing in chunks is faster"
-    return _triton(p)
-
-
-def _chunked(p: Problem) -> str | None:
-    if p.activation and p.activation.grouped:
-        return "scales per group of the activation change inside a chunk's matmul"
+    # Codes that one load brings are decoded fast enough for more tokens.
+    most = 128 if len(p.weight.code_planes) == 1 and p.weight.element.vector == 1 else 32
+    if p.m > most:
+        return f"M = {p.m} is above {most}, where dequantizing in chunks is faster"
     return _triton(p)
 
 
@@ -185,7 +180,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
     Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
-    Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _chunked),
+    Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),
     Kernel("cpu_native", "cpu", "cpu.native:native", _native),
     Kernel("torch_blocked", None, "blocked:blocked", _accept),

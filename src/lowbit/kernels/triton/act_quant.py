@@ -206,10 +206,12 @@ def quantize_rows_kernel(
 
 
 @triton.jit
-def quantize_groups_kernel(x, operand, scales, static_scale, M, K, groups, R: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_groups_kernel(
+    x, operand, scales, static_scale, M, K, groups, R: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr
+):
     """One scale per group along K. Grid `(M, ceil(K/BLOCK))`.
 
-    MX and NVFP4 block scales are multiplied into the operand, which stays exact; others are stored, `(M, groups)`.
+    With `FOLD` the scales are multiplied into the operand, otherwise stored, `(M, groups)`.
     """
     G: tl.constexpr = BLOCK // R.group
     row = tl.program_id(0).to(tl.int64)
@@ -239,7 +241,7 @@ def quantize_groups_kernel(x, operand, scales, static_scale, M, K, groups, R: tl
         scale = _safe(tl.div_rn(amax, R.top), R)
         inner = scale
     q = _level(tl.div_rn(v, tl.broadcast_to(scale[:, None], (G, R.group))), R)
-    if R.scaling == "mx" or R.scaling == "nvfp4":
+    if FOLD:
         q *= inner[:, None]
     else:
         tl.store(scales + row * groups + group, scale, mask=group < groups)
@@ -263,13 +265,15 @@ def _tensor_scale(x: Tensor, rule: Rule) -> Tensor:
 
 
 def quantize(
-    x: Tensor, act: Activation, static_scale: Tensor | None, dtype: torch.dtype
+    x: Tensor, act: Activation, static_scale: Tensor | None, dtype: torch.dtype, fold: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Operand `(M, K)` in `dtype` and fp32 row scales, or None if the format is none of those the kernels know.
 
     Args:
         x: contiguous, bf16, fp16 or fp32, `M, K >= 1`.
         dtype: bf16 (levels), or the dtype of 8-bit codes without a zero point. fp32 also holds every level.
+        fold: multiply grouped scales into the operand, which rounds it to `dtype`. Those of MX and NVFP4 always are:
+            the operand stays exact.
 
     Returns:
         Scales `(M, 1)`, `(1, 1)` for one scale per tensor, or `(M, ceil(K / group))`.
@@ -284,13 +288,13 @@ def quantize(
         if rule.scaling == "nvfp4" and outer is None:
             outer = _tensor_scale(x, rule)
         groups = -(-k // rule.group)
-        folded = rule.scaling in ("mx", "nvfp4")
+        folded = fold or rule.scaling in ("mx", "nvfp4")
         scales = operand if folded else torch.empty(m, groups, dtype=torch.float32, device=x.device)
         block = max(rule.group, min(1024, _row_block(k)))
         with on_device(x):
             quantize_groups_kernel[(m, -(-k // block))](
-                x, operand, scales, x if outer is None else outer, m, k, groups, R=rule, BLOCK=block, num_warps=4,
-                **OPTIONS,
+                x, operand, scales, x if outer is None else outer, m, k, groups, R=rule, FOLD=folded, BLOCK=block,
+                num_warps=4, **OPTIONS,
             )  # fmt: skip
         if not folded:
             return operand, scales
@@ -315,6 +319,15 @@ def split(x: Tensor, act: Activation, static_scale: Tensor | None) -> tuple[Tens
         return act.split(x, static_scale)  # raises the error that says what is missing
     found = quantize(x, act, static_scale if act.static else None, torch.bfloat16)
     return act.split(x, static_scale) if found is None else found
+
+
+def dequantized(x: Tensor, act: Activation, static_scale: Tensor | None) -> Tensor:
+    """A grouped activation `(M, K)` rounded to its format and back, in the dtype of `x`."""
+    found = quantize(x, act, static_scale if act.static else None, x.dtype, fold=True)
+    if found is not None:
+        return found[0]
+    m, k = x.shape
+    return act.format.dequantize(act.quantize(x, static_scale), m, k, x.dtype)
 
 
 def codes(x: Tensor, act: Activation, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:

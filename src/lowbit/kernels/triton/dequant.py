@@ -93,11 +93,15 @@ def rows_per_chunk(row_bytes: int, budget: int) -> int:
 def chunked(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """`x (M, K)` times the weight `(N, K)`, rows of the weight at a time. Activation scales must not vary along K."""
+    """`x (M, K)` times the weight `(N, K)`, rows of the weight at a time."""
     fmt, n, (m, k) = problem.weight, problem.n, x.shape
     row_scale = None
-    if problem.activation is not None:
-        x, row_scale = act_quant.split(x, problem.activation, act_scale)
+    act = problem.activation
+    if act is not None and act.grouped:
+        # Scales that vary along K cannot wait for the end of a sum: they cost the operand one rounding.
+        x = act_quant.dequantized(x, act, act_scale)
+    elif act is not None:
+        x, row_scale = act_quant.split(x, act, act_scale)
     bias = None if bias is None else bias.to(problem.dtype).contiguous()
     y = torch.empty(m, n, dtype=problem.dtype, device=x.device)
     chunk = rows_per_chunk(k * x.element_size(), WORKSPACE)
