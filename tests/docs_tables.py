@@ -1,12 +1,16 @@
-"""The tables of docs/ that the registries know: rendered here, compared in test_docs.py.
+"""The tables of the documentation that registries and result files know: rendered here, compared in test_docs.py.
 
-`python tests/docs_tables.py` writes them into their pages after a format or config was added.
+`python tests/docs_tables.py` writes them into their pages after a format, config or result was added.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +19,8 @@ from lowbit.formats import Format, Plane, registered
 from lowbit.formats.elements import Element, FloatElement, IntElement, TableElement
 from lowbit.specs import EXAMPLES
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+Cells = tuple[str, ...]
 SCALE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e8m0fnu: "e8m0"}
 SCALE_NAMES |= {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.uint8: "uint8"}
 
@@ -38,44 +43,86 @@ def scale(p: Plane) -> str:
     return f"{name}{SCALE_NAMES[p.dtype]} per {over}".replace("per the tensor", "per tensor")
 
 
-def format_row(fmt: Format) -> tuple[str, ...]:
+def format_row(fmt: Format) -> Cells:
     scales = "; ".join(scale(p) for p in fmt.scale_planes)
     return f"`{fmt.spec}`", f"{fmt.bits_per_weight:.4g}", element(fmt.element), scales
 
 
-def config_row(name: str) -> tuple[str, ...]:
+def config_row(name: str) -> Cells:
     config = parse_config(name)
     weight, act = config.scheme
     return f"`{config.spec}`", f"`{type(config).__name__}`", f"`{weight.spec}`", f"`{act.spec}`" if act else "-"
 
 
+# Results -----------------------------------------------------------------------------------------
+
+
+def newest(pattern: str) -> tuple[str, Any]:
+    """Name and content of the newest result file of a kind; names hold their date."""
+    files = sorted((ROOT / "benchmarks" / "results").glob(pattern))
+    assert files, f"no benchmarks/results/{pattern}"
+    return files[-1].name, json.loads(files[-1].read_text())
+
+
+def speed_rows() -> list[Cells]:
+    """Of `gpu_smoke.py`: speed-up over bf16 of the chosen kernel (the first measured) for a large layer."""
+    _, result = newest("h100_*_kernels.json")
+    speed: dict[tuple[str, str], dict[int, float]] = {}
+    for r in result["records"]:
+        if r["layer"] == "gate_up" and r["weight"] != "bf16":
+            speed.setdefault((r["weight"], r["act"]), {}).setdefault(r["m"], r["speedup"])
+    return [
+        (f"`{weight}`", f"`{act}`" if act else "-", *(f"{row[m]:.2f}" if m in row else "" for m in (1, 16, 128, 1024)))
+        for (weight, act), row in speed.items()
+    ]
+
+
+def floor_rows() -> list[Cells]:
+    """Of `small_m.py`: time of one token, and the time of reading as many bytes."""
+    _, result = newest("h100_*_small_m.json")
+    rows = [r for r in result["rows"] if r["layer"] == "gate_up" and r["m"] == 1]
+    return [
+        (f"`{r['format']}`", f"{r['us_chosen']:.1f}", f"{r['floor_us']:.1f}", f"{r['bf16_us']:.1f}",
+         f"{100 * r['floor_us'] / r['us_chosen']:.0f} %") for r in rows
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    page: str
+    header: Cells
+    rows: Callable[[], list[Cells]]
+
+    def render(self) -> str:
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows()]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 TABLES = {
-    "formats.md": (
+    "formats": Table(
+        "docs/formats.md",
         ("spec", "bits per weight", "element", "scales"),
-        [format_row(f) for f in registered()],
+        lambda: [format_row(f) for f in registered()],
     ),
-    "configs-and-rules.md": (
+    "configs": Table(
+        "docs/configs-and-rules.md",
         ("short name", "config", "weight", "activation"),
-        [config_row(name) for name in EXAMPLES],
+        lambda: [config_row(name) for name in EXAMPLES],
     ),
+    "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
+    "floor": Table("docs/measured.md", ("weight", "us", "read alone", "bf16", "share"), floor_rows),
 }
 
 
-def render(page: str) -> str:
-    header, rows = TABLES[page]
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def section(text: str) -> re.Match[str]:
-    """The part of a page between `<!-- table -->` and the next empty line or the page's end."""
-    found = re.search(r"(?<=<!-- table: python tests/docs_tables.py -->\n).*?(?=\n\n|\n?\Z)", text, re.S)
-    assert found is not None, "the page has no <!-- table: ... --> mark"
+def section(name: str, text: str) -> re.Match[str]:
+    """What follows the mark of a table, up to the next empty line or the page's end."""
+    found = re.search(rf"(?<=<!-- table {name}: python tests/docs_tables.py -->\n).*?(?=\n\n|\n?\Z)", text, re.S)
+    assert found is not None, f"the page has no <!-- table {name}: ... --> mark"
     return found
 
 
 if __name__ == "__main__":
-    for page in TABLES:
-        text = (DOCS / page).read_text()
-        at = section(text)
-        (DOCS / page).write_text(text[: at.start()] + render(page).rstrip("\n") + text[at.end() :])
+    for name, table in TABLES.items():
+        text = (ROOT / table.page).read_text()
+        at = section(name, text)
+        (ROOT / table.page).write_text(text[: at.start()] + table.render() + text[at.end() :])

@@ -14,7 +14,7 @@ MODULES = {".".join(("lowbit", *f.relative_to(ROOT).with_suffix("").parts)).remo
 # What lies below each layer. A name also stands for everything inside it; a layer may import from itself.
 BASE = ("lowbit.granularity", "lowbit.errors", "lowbit.cache")
 BELOW: dict[str, tuple[str, ...]] = {
-    "lowbit.granularity": (),
+    "lowbit.granularity": ("lowbit.errors",),
     "lowbit.errors": (),
     "lowbit.cache": ("lowbit.errors",),
     "lowbit.formats": BASE,

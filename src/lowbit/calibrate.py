@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import see
 from lowbit.formats.activation import Activation
 from lowbit.formats.fp8 import E4M3
 from lowbit.formats.nvfp4 import NVFP4Format
@@ -66,9 +67,9 @@ def calibrate(
         for h in hooks:
             h.remove()
     if not count:
-        raise ValueError("calibrate: no batch was given; pass at least one input")
+        raise ValueError("calibrate: no batch was given; pass at least one input" + see("calibration-saw-nothing"))
     if not seen:
-        raise ValueError("calibrate: no nn.Linear ran in the forward pass")
+        raise ValueError("calibrate: no nn.Linear ran in the forward pass" + see("calibration-saw-nothing"))
     return seen
 
 
@@ -80,7 +81,10 @@ def static_scale(act: Activation, statistics: Statistics) -> float:
     """
     amax = statistics.amax
     if not statistics.tokens or amax != amax or amax == float("inf"):
-        raise ValueError(f"cannot derive a static scale from amax = {amax} over {statistics.tokens} tokens")
+        raise ValueError(
+            f"cannot derive a static scale from amax = {amax} over {statistics.tokens} tokens"
+            + see("calibration-saw-nothing")
+        )
     element = act.format.element
     top = element.max if hasattr(element, "max") else ((1 << element.bits) - 1) / 2
     if isinstance(act.format, NVFP4Format):

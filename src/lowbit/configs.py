@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from lowbit.errors import see
 from lowbit.formats.activation import Activation, parse_activation
 from lowbit.formats.base import Format, parse_format
 from lowbit.formats.codebook import CodebookFormat, TableFormat
@@ -109,7 +110,7 @@ def _words(*parts: object) -> str:
 def _float8_name(dtype: torch.dtype) -> str:
     names = {torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}
     if dtype not in names:
-        raise ValueError(f"float8 dtype must be one of {list(names)}, got {dtype}")
+        raise ValueError(f"float8 dtype must be one of {list(names)}, got {dtype}" + see("bad-option"))
     return names[dtype]
 
 
@@ -153,7 +154,10 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, PerGroup):
-            raise ValueError(f"float8 dynamic granularity is PerTensor, PerRow or PerBlock, got {self.granularity}")
+            raise ValueError(
+                f"float8 dynamic granularity is PerTensor, PerRow or PerBlock, got {self.granularity}"
+                + see("bad-option")
+            )
 
     @property
     def scheme(self) -> Scheme:
@@ -336,7 +340,7 @@ class Int8DynamicActivationIntxWeightConfig(Config):
 def _int_bits(dtype: torch.dtype) -> int:
     bits = {getattr(torch, f"int{b}"): b for b in range(1, 9)}
     if dtype not in bits:
-        raise ValueError(f"weight_dtype must be torch.int1 to torch.int8, got {dtype}")
+        raise ValueError(f"weight_dtype must be torch.int1 to torch.int8, got {dtype}" + see("bad-option"))
     return bits[dtype]
 
 

@@ -2,7 +2,7 @@
 
 Errors keep Python's own types; the name stands at the end of the message, where a search engine or a reader finds it:
 
-    raise ValueError(with_page("cut-inside-tile", f"cannot cut {w!r} at {edge}: ..."))
+    raise ValueError(f"cannot cut {w!r} at {edge}: ..." + see("cut-inside-tile"))
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PAGES: dict[str, str] = {
 }
 
 
-def with_page(name: str, message: str) -> str:
-    """The message with a pointer to the error's page."""
+def see(name: str) -> str:
+    """The end of a message: a pointer to the error's page."""
     assert name in PAGES, name
-    return f"{message} [lowbit: {name}]"
+    return f" [lowbit: {name}]"

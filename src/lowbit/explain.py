@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lowbit.errors import see
 from lowbit.kernels.select import Problem, UnsupportedError, select
 from lowbit.tensor import QuantizedTensor
 
@@ -92,7 +93,9 @@ def explain(model: nn.Module, tokens: Sequence[int] = TOKENS, dtype: torch.dtype
         scheme = f"{weight.act_spec}->{weight.format.spec}" if weight.act else weight.format.spec
         layers.append(LayerExplanation(name, n, k, scheme, weight.nbytes_packed, tuple(ranges)))
     if not layers:
-        raise ValueError("explain: the model has no quantized Linear; call lowbit.quantize_ first")
+        raise ValueError(
+            "explain: the model has no quantized Linear; call lowbit.quantize_ first" + see("nothing-quantized")
+        )
     return Explanation(device, tuple(layers))
 
 

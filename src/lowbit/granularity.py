@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowbit.errors import see
+
 
 @dataclass(frozen=True)
 class PerTensor:
@@ -25,14 +27,17 @@ class PerRow:
 PerToken = PerRow
 
 
-def PerAxis(axis: int) -> PerRow:  # noqa: N802  (torchao's name)
+def PerAxis(axis: int) -> PerRow:
     """torchao's spelling of `PerRow`: only axis 0, the output channel, can be quantized.
 
     Raises:
         ValueError: `axis` is not 0.
     """
     if axis != 0:
-        raise ValueError(f"PerAxis: axis must be 0 (one scale per output channel), got {axis}; use PerGroup for K")
+        raise ValueError(
+            f"PerAxis: axis must be 0 (one scale per output channel), got {axis}; use PerGroup for K"
+            + see("bad-option")
+        )
     return PerRow()
 
 
@@ -44,7 +49,7 @@ class PerGroup:
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
-            raise ValueError(f"PerGroup: group_size must be at least 1, got {self.group_size}")
+            raise ValueError(f"PerGroup: group_size must be at least 1, got {self.group_size}" + see("bad-option"))
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -63,7 +68,10 @@ class PerBlock:
 
     def __post_init__(self) -> None:
         if len(self.block_size) != 2 or min(self.block_size) < 1:
-            raise ValueError(f"PerBlock: block_size must be two positive sizes (rows, columns), got {self.block_size}")
+            raise ValueError(
+                f"PerBlock: block_size must be two positive sizes (rows, columns), got {self.block_size}"
+                + see("bad-option")
+            )
         object.__setattr__(self, "block_size", tuple(self.block_size))
 
     @property

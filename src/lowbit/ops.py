@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import Format, parse_format
 from lowbit.kernels import convolution
@@ -52,14 +53,23 @@ def problem_of(x: Tensor, m: int, n: int, k: int, spec: str, act: str) -> Proble
 
 def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: Format, n: int, k: int) -> None:
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"lowbit.linear ({fmt.spec}): the input must be bf16, fp16 or fp32, got {x.dtype}")
+        raise TypeError(
+            f"lowbit.linear ({fmt.spec}): the input must be bf16, fp16 or fp32, got {x.dtype}" + see("input-mismatch")
+        )
     if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"lowbit.linear ({fmt.spec}): the input's last size must be K = {k}, got {tuple(x.shape)}")
+        raise ValueError(
+            f"lowbit.linear ({fmt.spec}): the input's last size must be K = {k}, got {tuple(x.shape)}"
+            + see("input-mismatch")
+        )
     if x.device != planes[0].device:
-        raise ValueError(f"lowbit.linear ({fmt.spec}): input on {x.device}, weight on {planes[0].device}")
+        raise ValueError(
+            f"lowbit.linear ({fmt.spec}): input on {x.device}, weight on {planes[0].device}" + see("input-mismatch")
+        )
     if bias is not None and (bias.shape != (n,) or bias.device != x.device):
         got = f"{tuple(bias.shape)} on {bias.device}"
-        raise ValueError(f"lowbit.linear ({fmt.spec}): the bias must be ({n},) on {x.device}, got {got}")
+        raise ValueError(
+            f"lowbit.linear ({fmt.spec}): the bias must be ({n},) on {x.device}, got {got}" + see("input-mismatch")
+        )
 
 
 def _linear(
@@ -118,11 +128,16 @@ def _embedding(ids: Tensor, planes: list[Tensor], spec: str, n: int, k: int, dty
     """Rows `ids` of the table `(n, k)`: the rows' planes are gathered, then dequantized."""
     fmt = parse_format(spec)
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"lowbit.embedding ({spec}): ids must be int32 or int64, got {ids.dtype}")
+        raise TypeError(
+            f"lowbit.embedding ({spec}): ids must be int32 or int64, got {ids.dtype}" + see("input-mismatch")
+        )
     flat = ids.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < n:
         # On a GPU the gather below checks it without a synchronization.
-        raise IndexError(f"lowbit.embedding ({spec}): the table has {n} rows, ids go from {flat.min()} to {flat.max()}")
+        raise IndexError(
+            f"lowbit.embedding ({spec}): the table has {n} rows, ids go from {flat.min()} to {flat.max()}"
+            + see("id-out-of-range")
+        )
     rows = {}
     for p, t in zip(fmt.planes, planes, strict=True):
         if p.shape is None and p.n is not None:
@@ -143,13 +158,18 @@ def _convolution(
 ) -> Convolution:  # fmt: skip
     conv = Convolution(tuple(weight_shape), stride, padding, dilation, groups)
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"lowbit.conv2d ({spec}): the input must be bf16, fp16 or fp32, got {x.dtype}")
+        raise TypeError(
+            f"lowbit.conv2d ({spec}): the input must be bf16, fp16 or fp32, got {x.dtype}" + see("input-mismatch")
+        )
     if groups < 1 or weight_shape[0] % groups:
-        raise ValueError(f"lowbit.conv2d ({spec}): {weight_shape[0]} output channels do not make {groups} groups")
+        raise ValueError(
+            f"lowbit.conv2d ({spec}): {weight_shape[0]} output channels do not make {groups} groups"
+            + see("input-mismatch")
+        )
     if x.shape[1] != conv.in_channels:
         raise ValueError(
             f"lowbit.conv2d ({spec}): weight {tuple(weight_shape)} with groups = {groups} takes {conv.in_channels} "
-            f"input channels, got {x.shape[1]}"
+            f"input channels, got {x.shape[1]}" + see("input-mismatch")
         )
     return conv
 
@@ -160,7 +180,9 @@ def _conv2d(
 ) -> Tensor:  # fmt: skip
     conv, fmt = _convolution(x, spec, weight_shape, stride, padding, dilation, groups), parse_format(spec)
     if x.device != planes[0].device:
-        raise ValueError(f"lowbit.conv2d ({spec}): input on {x.device}, weight on {planes[0].device}")
+        raise ValueError(
+            f"lowbit.conv2d ({spec}): input on {x.device}, weight on {planes[0].device}" + see("input-mismatch")
+        )
     return convolution.conv2d(x, dict(zip(fmt.plane_names, planes, strict=True)), bias, fmt, conv)
 
 
@@ -206,7 +228,7 @@ def _conv2d_dgrad_fake(
 def _quantize_act(x: Tensor, act_scale: Tensor | None, act: str) -> list[Tensor]:
     activation = parse_activation(act)
     if activation is None:
-        raise ValueError("lowbit.quantize_act: the activation spec is empty")
+        raise ValueError("lowbit.quantize_act: the activation spec is empty" + see("bad-option"))
     planes = activation.quantize(x.reshape(-1, x.shape[-1]), act_scale)
     # A static scale comes back as a plane; an op's outputs must not be its inputs.
     return [t.clone() if act_scale is not None and t.numel() == 1 else t for t in planes.values()]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowbit.calibrate import Statistics, static_scale
 from lowbit.configs import Config, Scheme
+from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
 from lowbit.report import LayerReport, Report
@@ -59,8 +60,8 @@ def quantize_(
     """Quantize the weights of `model` in place and say what was done.
 
     Layers are converted one at a time and their float weights released at once. What is allocated on the way is the
-    quantized weights plus at most the two largest layers (for layers of more than a few MB). With `device`, each weight is quantized
-    there, so a model too large for the device in bf16 can still be quantized onto it.
+    quantized weights plus at most the two largest layers (for layers of more than a few MB). With `device`, each
+    weight is quantized there, so a model too large for the device in bf16 can still be quantized onto it.
 
     Args:
         model: any module. `nn.Linear` is quantized by default; `nn.Embedding` and `nn.Conv2d` when a rule or
@@ -82,7 +83,7 @@ def quantize_(
     rules = config.rules if isinstance(config, FqnToConfig) else config
     if isinstance(rules, Mapping):
         if filter_fn is not None:
-            raise ValueError("quantize_: give rules by name or a filter_fn, not both")
+            raise ValueError("quantize_: give rules by name or a filter_fn, not both" + see("conflicting-rules"))
         plan = _plan_by_rules(model, rules)
     else:
         plan = _plan_by_filter(model, _as_config(rules), filter_fn or is_linear)
@@ -95,7 +96,7 @@ def quantize_(
         elif chosen is not None and on_unsupported == "error":
             raise ValueError(
                 f"quantize_: {name} cannot be quantized to {chosen.spec}: {reason}. Exclude it with a rule "
-                f"({{{name!r}: None}}) or pass on_unsupported='skip'"
+                f"({{{name!r}: None}}) or pass on_unsupported='skip'" + see("layer-not-quantizable")
             )
         else:
             report.layers.append(_skipped(name, module, reason or ""))
@@ -167,14 +168,19 @@ def _as_config(rule: Config | str) -> Config:
     if isinstance(rule, str):
         return parse_config(rule)
     if not isinstance(rule, Config):
-        raise TypeError(f"quantize_: expected a config or its short name, got {type(rule).__name__}: {rule!r}")
+        raise TypeError(
+            f"quantize_: expected a config or its short name, got {type(rule).__name__}: {rule!r}"
+            + see("unknown-config")
+        )
     return rule
 
 
 def _plan_by_filter(model: nn.Module, config: Config, filter_fn: FilterFn) -> Plan:
     plan: Plan = [(name, m, config) for name, m in _modules(model) if filter_fn(m, name)]
     if not plan:
-        raise ValueError("quantize_: filter_fn selected no layer; the default selects every nn.Linear")
+        raise ValueError(
+            "quantize_: filter_fn selected no layer; the default selects every nn.Linear" + see("no-layer-selected")
+        )
     return plan
 
 
@@ -204,7 +210,9 @@ def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
     if unmatched:
         names = [n for n, m in _modules(model) if isinstance(m, QUANTIZABLE)]
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise ValueError(f"quantize_: rules that match no layer: {unmatched}; layers are named {shown}")
+        raise ValueError(
+            f"quantize_: rules that match no layer: {unmatched}; layers are named {shown}" + see("rule-without-match")
+        )
     return plan
 
 
@@ -222,7 +230,7 @@ def _refuse_nonfinite(work: list[Work]) -> None:
     if bad:
         raise ValueError(
             f"quantize_: NaN or Inf values in {', '.join(bad)}; nothing was quantized. Repair the checkpoint, or pass "
-            "on_nonfinite='zero' to replace them by 0"
+            "on_nonfinite='zero' to replace them by 0" + see("nonfinite-weight")
         )
 
 
@@ -267,7 +275,7 @@ def _static_scale(name: str, config: Config, calibration: Mapping[str, Statistic
     if calibration is None or name not in calibration:
         raise ValueError(
             f"quantize_: {name} needs a calibrated activation scale for {config.spec}; pass "
-            "calibration=lowbit.calibrate(model, batches), or scale=... in the config"
+            "calibration=lowbit.calibrate(model, batches), or scale=... in the config" + see("missing-calibration")
         )
     return static_scale(act, calibration[name])
 

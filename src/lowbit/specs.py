@@ -29,6 +29,7 @@ from lowbit.configs import (
     NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
 )
+from lowbit.errors import see
 from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import families, parse_format
 from lowbit.granularity import Granularity, PerBlock, PerGroup, PerRow, PerTensor
@@ -102,4 +103,7 @@ def parse_config(spec: str) -> Config:
         config = FormatConfig(weight, act)
         parse_format(weight), parse_activation(act)  # a bad option is reported here, not at the first use
         return config
-    raise ValueError(f"unknown config {spec!r}; examples: {', '.join(EXAMPLES)}; or a format such as 'int4:g128:asym'")
+    raise ValueError(
+        f"unknown config {spec!r}; examples: {', '.join(EXAMPLES)}; or a format such as 'int4:g128:asym'"
+        + see("unknown-config")
+    )

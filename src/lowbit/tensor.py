@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit import ops
+from lowbit.errors import see
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import Format, Plane, Planes
 
@@ -183,6 +184,7 @@ class QuantizedTensor(Tensor):
         raise NotImplementedError(
             f"{func} is not defined for {qt!r}. Quantized weights support linear, embedding, conv2d, mm, copies, "
             "moves and slices on tile boundaries; for anything else call .dequantize() first, knowing its cost."
+            + see("op-not-defined")
         )
 
     # FSDP2: gather the planes, then rebuild ------------------------------------------------------
@@ -215,6 +217,7 @@ class QuantizedTensor(Tensor):
             raise ValueError(
                 f"{what} would cut {self!r} inside a tile: {self.shape[0]} rows are not whole tiles of {tile}; "
                 "use a per-row or per-group format, or a number of ranks that divides the tiles"
+                + see("cut-inside-tile")
             )
 
 
@@ -235,13 +238,14 @@ def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
 
 def _refuse(w: Any, name: str, expected: str) -> None:
     if not isinstance(w, QuantizedTensor):
-        raise TypeError(f"{name}: {expected}, got one elsewhere in the call and {type(w).__name__} there")
+        raise TypeError(f"{name}: {expected}, got {type(w).__name__} in its place" + see("wrong-operand"))
 
 
 def _refuse_transposed(w: QuantizedTensor, name: str) -> None:
     if w.transposed:
         raise ValueError(
             f"{name}: got the transposed view {w!r}; give the weight itself, or write the other product as x @ w"
+            + see("wrong-operand")
         )
 
 
@@ -262,7 +266,7 @@ def _f_embedding(
 ) -> Tensor:  # fmt: skip
     _refuse(weight, "embedding", "the table is the quantized operand")
     if max_norm is not None:
-        raise NotImplementedError("embedding: max_norm rewrites the table, which a quantized one does not allow")
+        raise NotImplementedError("embedding: max_norm would rewrite a quantized table" + see("op-not-defined"))
     return _embedding(weight, input)
 
 
@@ -273,20 +277,23 @@ def _f_conv2d(
 ) -> Tensor:  # fmt: skip
     _refuse(weight, "conv2d", "the weight is the quantized operand")
     if weight.act is not None:
-        raise NotImplementedError(f"conv2d: only weight-only formats, got activation {weight.act.spec}")
+        raise NotImplementedError(f"conv2d: only weight-only, no activation {weight.act.spec}" + see("wrong-operand"))
 
     def two(v: Any) -> list[int]:
         return [v, v] if isinstance(v, int) else list(v)
 
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"conv2d: padding must be 'same', 'valid' or numbers, got {padding!r}")
+            raise ValueError(f"conv2d: padding {padding!r} is not 'same', 'valid' or numbers" + see("input-mismatch"))
         total = [d * (s - 1) for d, s in zip(two(dilation), weight.shape[2:], strict=True)]
         if padding == "same" and any(t % 2 for t in total):
             input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
         padding = [t // 2 for t in total] if padding == "same" else [0, 0]
     if weight.dim() != 4 or input.dim() not in (3, 4):
-        raise ValueError(f"conv2d: takes a 4-D weight and a 3-D or 4-D input, got {weight!r} and {tuple(input.shape)}")
+        raise ValueError(
+            f"conv2d: takes a 4-D weight, 3-D or 4-D input; got {weight!r}, {tuple(input.shape)}"
+            + see("input-mismatch")
+        )
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     planes, spec = list(weight.planes.values()), weight.format.spec
     y = ops.conv2d(batched, planes, bias, spec, weight.shape, two(stride), two(padding), two(dilation), groups)
@@ -355,7 +362,7 @@ def _a_t(func: Any, w: QuantizedTensor) -> QuantizedTensor:
 @_implements(aten.transpose.int)
 def _a_transpose(func: Any, w: QuantizedTensor, dim0: int, dim1: int) -> QuantizedTensor:
     if w.dim() != 2:
-        raise NotImplementedError(f"transpose of {w!r}: only 2-D weights have a transposed view")
+        raise NotImplementedError(f"transpose of {w!r}: only 2-D weights have one" + see("op-not-defined"))
     return w if dim0 % 2 == dim1 % 2 else _a_t(func, w)
 
 
@@ -389,7 +396,9 @@ def _a_to_copy(
 ) -> Any:  # fmt: skip
     """Moves the planes; `dtype` changes what the layer computes in, never the stored bits."""
     if dtype is not None and dtype not in ops.FLOAT_DTYPES:
-        raise TypeError(f"{w!r} can present itself as bf16, fp16 or fp32, not {dtype}; its storage has its own dtypes")
+        raise TypeError(
+            f"{w!r} can be bf16, fp16 or fp32, not {dtype}; its storage has its own dtypes" + see("unsupported-dtype")
+        )
     moved = w.map_planes(
         lambda t: t.to(device=device or t.device, non_blocking=non_blocking, copy=True), dtype=dtype or w.dtype
     )
@@ -399,11 +408,14 @@ def _a_to_copy(
 @_implements(aten.copy_.default)
 def _a_copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
     if not isinstance(dst, QuantizedTensor):
-        raise TypeError(f"copy_ of {src!r} into a plain tensor would dequantize it; call .dequantize() to mean that")
+        raise TypeError(
+            f"copy_ of {src!r} into a plain tensor would dequantize it; use .dequantize()"
+            + see("copy-would-dequantize")
+        )
     if not isinstance(src, QuantizedTensor):
         src = QuantizedTensor.from_float(src.to(dst.device).expand(dst.shape), dst.format)
     if src.format != dst.format or src.shape != dst.shape or src.transposed != dst.transposed:
-        raise ValueError(f"copy_ needs equal formats and shapes, got {src!r} into {dst!r}")
+        raise ValueError(f"copy_ needs equal formats and shapes, got {src!r} into {dst!r}" + see("format-mismatch"))
     for name, plane in dst.planes.items():
         plane.copy_(src.planes[name], non_blocking)
     return dst
@@ -412,14 +424,14 @@ def _a_copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
 def _cut(w: QuantizedTensor, dim: int, start: int, stop: int) -> QuantizedTensor:
     """Rows or columns `start..stop` as views; both ends on tile boundaries or at the tensor's end."""
     if w.dim() > 2 and dim != 0:
-        raise ValueError(f"{w!r} can only be cut along dim 0, got dim {dim}")
+        raise ValueError(f"{w!r} can only be cut along dim 0, got dim {dim}" + see("cut-inside-tile"))
     axis = 1 - dim if w.transposed else dim
     tile, size = w.format.tile[axis], w.shape[dim]
     for edge in (start, stop):
         if edge % tile and edge != size:
             raise ValueError(
                 f"cannot cut {w!r} at {edge} along {'NK'[axis]}: {w.format.spec} stores tiles of {tile} weights "
-                f"there; cut at a multiple of {tile}, or use a finer format"
+                f"there; cut at a multiple of {tile}, or use a finer format" + see("cut-inside-tile")
             )
     shape = list((w.shape[1], w.shape[0]) if w.transposed else w.shape)
     shape[axis] = stop - start
@@ -432,7 +444,7 @@ def _a_slice(
 ) -> Any:
     dim %= w.dim()
     if step != 1:
-        raise ValueError(f"cannot slice {w!r} with step {step}: only consecutive rows or columns share scales")
+        raise ValueError(f"cannot slice {w!r} with step {step}, only 1" + see("cut-inside-tile"))
     start, stop, _ = slice(start, end).indices(w.shape[dim])
     return return_and_correct_aliasing(func, (w, dim, start, stop), {}, _cut(w, dim, start, max(start, stop)))
 
@@ -454,7 +466,9 @@ def _a_new(func: Any, w: QuantizedTensor, size: Any = None, **kwargs: Any) -> Qu
     """A tensor of zeros of the same kind, with planes of its own: zero scales make every code zero."""
     shape = tuple(w.shape if size is None else size)
     if len(shape) != w.dim() or w.transposed:
-        raise ValueError(f"a new tensor like {w!r} must keep its number of dimensions, got size {shape}")
+        raise ValueError(
+            f"a new tensor like {w!r} has {w.dim()} dimensions, got size {shape}" + see("view-of-packed-weight")
+        )
     n, k = shape[0], math.prod(shape[1:])
     device = torch.device(kwargs.get("device") or w.device)
 
@@ -471,7 +485,9 @@ def _a_view(func: Any, w: QuantizedTensor, size: Any, *args: Any) -> QuantizedTe
     """The identity view only, and FSDP2's flattening of a shard, which it never reads (it gathers planes)."""
     if tuple(size) in (tuple(w.shape), (-1,)):
         return w.with_planes(w.planes)
-    raise ValueError(f"cannot view {w!r} as {tuple(size)}: packed weights have one shape")
+    raise ValueError(
+        f"cannot view {w!r} as {tuple(size)}: packed weights have one shape" + see("view-of-packed-weight")
+    )
 
 
 @_implements(aten.is_pinned.default)

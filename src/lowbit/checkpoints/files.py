@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowbit.errors import with_page
+from lowbit.errors import see
 
 CONFIG = "config.json"
 MANIFEST = "lowbit_manifest.json"
@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
         self.where = str(where)
         self.problems = tuple(problems)
         head = f"{self.where}: {len(self.problems)} problems\n  " if len(self.problems) > 1 else f"{self.where}: "
-        super().__init__(with_page("checkpoint-refused", head + "\n  ".join(self.problems)))
+        super().__init__(head + "\n  ".join(self.problems) + see("checkpoint-refused"))
 
 
 class TensorInfo(NamedTuple):

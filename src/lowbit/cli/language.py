@@ -27,6 +27,7 @@ from lowbit.cli.output import (
     stdout,
 )
 from lowbit.cli.weights import Config, quantize_as_asked
+from lowbit.errors import see
 from lowbit.models.llama import Llama
 from lowbit.models.tokenizer import Tokenizer
 from lowbit.specs import parse_config
@@ -140,7 +141,7 @@ def eval_(
     if original is not None and (source.kind != "checkpoint" or specs):
         raise ValueError("--original is for a quantized checkpoint alone; --config compares with MODEL itself")
     if source.kind == "checkpoint" and specs:
-        raise ValueError(f"{source.path} is quantized already; leave --config out")
+        raise ValueError(f"{source.path} is quantized already; leave --config out" + see("already-quantized"))
     if tokens < 2:
         raise ValueError(f"--tokens must be at least 2, got {tokens}")
     words = held_out_text() if text is None else text.read_text(encoding="utf-8")

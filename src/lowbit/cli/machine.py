@@ -30,6 +30,7 @@ from lowbit.cli.output import (
     stderr,
     stdout,
 )
+from lowbit.errors import see
 from lowbit.tools.demo import FULL, GRID_NOTE, QUICK, DemoResult, DemoRow, best_threads, run_demo
 from lowbit.tools.doctor import ConfigCheck, diagnose
 from lowbit.tools.sources import find_source
@@ -100,7 +101,9 @@ def demo(
         say("[dim]SmolLM2-135M-Instruct; the first time it is downloaded (93 MB) into lowbit's cache[/]")
     source = find_source(model)
     if source.kind == "checkpoint":
-        raise ValueError(f"{source.path} is quantized already; the demo starts from an original model")
+        raise ValueError(
+            f"{source.path} is quantized already; the demo starts from an original model" + see("already-quantized")
+        )
     loaded, tokenizer = source.model(device=device), source.tokenizer()
     named = "SmolLM2-135M-Instruct" if model == "demo" else source.path.resolve().name
     if loaded.model.norm.weight.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -29,6 +29,7 @@ from lowbit.cli.output import (
     say,
     stdout,
 )
+from lowbit.errors import see
 from lowbit.explain import explain as explain_model
 from lowbit.models.llama import Llama
 from lowbit.quantize import Rule, quantize_
@@ -70,7 +71,7 @@ def quantize(
         parse_config(config)
     source = find_source(model)
     if source.kind == "checkpoint":
-        raise ValueError(f"{source.path} is quantized already; quantize the original model")
+        raise ValueError(f"{source.path} is quantized already; quantize the original model" + see("already-quantized"))
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; give a directory")
     loaded = source.model(parse_dtype(dtype))
@@ -244,7 +245,9 @@ def explain(
     source = find_source(model)
     words = parse_rules(rule or [])
     if source.kind == "checkpoint" and (config or rule):
-        raise ValueError(f"{source.path} is quantized already; leave --config and --rule out")
+        raise ValueError(
+            f"{source.path} is quantized already; leave --config and --rule out" + see("already-quantized")
+        )
     if source.kind != "checkpoint" and not (config or rule):
         raise ValueError("explain: give --config (such as int4wo-128): the model is not quantized")
     loaded = source.model(parse_dtype(dtype), device)

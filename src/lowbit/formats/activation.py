@@ -14,6 +14,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, parse_format
 from lowbit.formats.mx import MXFormat
 from lowbit.formats.nvfp4 import NVFP4Format
@@ -31,7 +32,7 @@ class Activation:
         if self.static and (not static_ok or self.format.has("zero_point")):
             raise ValueError(
                 f"static activation scales need a per-tensor symmetric format or nvfp4, got {self.format.spec}; "
-                "use a dynamic config for scales per token or block"
+                "use a dynamic config for scales per token or block" + see("bad-option")
             )
 
     @property
@@ -52,7 +53,10 @@ class Activation:
         if not self.static:
             return self.format.quantize(x, check_finite=False)
         if static_scale is None:
-            raise ValueError(f"{self.spec}: a static activation needs its calibrated scale; run lowbit.calibrate first")
+            raise ValueError(
+                f"{self.spec}: a static activation needs its calibrated scale; run lowbit.calibrate first"
+                + see("missing-calibration")
+            )
         if isinstance(self.format, NVFP4Format):
             params = self.format.choose_params(x, outer_scale=static_scale.view(1, 1))
         else:
@@ -81,5 +85,5 @@ def parse_activation(spec: str) -> Activation | None:
         return None
     name, _, static = spec.partition("@")
     if static not in ("", "static"):
-        raise ValueError(f"activation {spec!r}: after '@' only 'static' is known, got {static!r}")
+        raise ValueError(f"activation {spec!r}: after '@' only 'static' is known, got {static!r}" + see("bad-option"))
     return Activation(parse_format(name), bool(static))

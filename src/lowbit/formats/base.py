@@ -22,6 +22,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.elements import Element
 
 Planes = dict[str, Tensor]
@@ -160,11 +161,16 @@ class Format(ABC):
             ValueError: `w` is not 2-D, or holds NaN or Inf.
         """
         if w.dim() != 2:
-            raise ValueError(f"{self.spec}: quantize takes a 2-D weight (N, K), got shape {tuple(w.shape)}")
+            raise ValueError(
+                f"{self.spec}: quantize takes a 2-D weight (N, K), got shape {tuple(w.shape)}" + see("input-mismatch")
+            )
         if not w.is_floating_point():
-            raise ValueError(f"{self.spec}: quantize takes a float tensor, got {w.dtype}")
+            raise ValueError(f"{self.spec}: quantize takes a float tensor, got {w.dtype}" + see("input-mismatch"))
         if check_finite and (bad := count_nonfinite(w)):
-            raise ValueError(f"{self.spec}: the weight holds {bad} NaN or Inf values; quantize needs finite numbers")
+            raise ValueError(
+                f"{self.spec}: the weight holds {bad} NaN or Inf values; quantize needs finite numbers"
+                + see("nonfinite-weight")
+            )
         w = w.detach()
         params = self.choose_params(w) if params is None else params
         out = {p.name: torch.empty(p.shape_for(*w.shape), dtype=p.dtype, device=w.device) for p in self.code_planes}
@@ -309,7 +315,7 @@ def register(*names: str, parse: Callable[..., Format] | None = None) -> Callabl
     def add(cls: F) -> F:
         for name in names:
             if name in _FAMILIES:
-                raise ValueError(f"format name {name!r} is taken by another family")
+                raise ValueError(f"format name {name!r} is taken by another family" + see("format-name-taken"))
             _FAMILIES[name] = parse or cls.from_spec  # type: ignore[attr-defined]
         _EXAMPLES.extend(cls.examples)
         return cls
@@ -334,7 +340,7 @@ def parse_format(spec: str) -> Format:
     """
     name, *options = spec.split(":")
     if name not in _FAMILIES:
-        raise ValueError(f"unknown format {spec!r}; families: {', '.join(sorted(_FAMILIES))}")
+        raise ValueError(f"unknown format {spec!r}; families: {', '.join(sorted(_FAMILIES))}" + see("unknown-format"))
     return _FAMILIES[name](name, *options)
 
 

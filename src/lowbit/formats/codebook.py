@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.base import Format, Plane, Planes, bounded, divide, register, safe_scale, tile_amax
 from lowbit.formats.elements import TableElement
 from lowbit.formats.int import parse_options
@@ -35,7 +36,10 @@ SCALES_PER_OUTER = 256
 def _group_size(name: str, kwargs: dict[str, object]) -> int:
     granularity = kwargs.pop("granularity", PerGroup(64))
     if not isinstance(granularity, PerGroup):
-        raise ValueError(f"format {name!r}: tables need one scale per group (g64, g32, ...), got {granularity.spec}")  # type: ignore[attr-defined]
+        raise ValueError(
+            f"format {name!r}: tables need one scale per group (g64, g32, ...), got {granularity.spec}"  # type: ignore[attr-defined]
+            + see("bad-option")
+        )
     return granularity.group_size
 
 
@@ -112,7 +116,7 @@ class CodebookFormat(Format):
         if self.bits * self.vector not in (2, 3, 4, 8) or self.group_size % self.vector:
             raise ValueError(
                 f"CodebookFormat: bits * vector must be 2, 3, 4 or 8 and group_size a multiple of vector, got "
-                f"bits={self.bits}, vector={self.vector}, group_size={self.group_size}"
+                f"bits={self.bits}, vector={self.vector}, group_size={self.group_size}" + see("bad-option")
             )
 
     @classmethod

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.base import Format, Plane, Planes, divide, register, safe_scale, tile_amax
 from lowbit.formats.elements import FloatElement
 from lowbit.formats.int import parse_options
@@ -37,7 +38,9 @@ class Float8Format(Format):
 
     def __post_init__(self) -> None:
         if self.variant not in _ELEMENTS:
-            raise ValueError(f"Float8Format: variant must be one of {list(_ELEMENTS)}, got {self.variant!r}")
+            raise ValueError(
+                f"Float8Format: variant must be one of {list(_ELEMENTS)}, got {self.variant!r}" + see("bad-option")
+            )
 
     @classmethod
     def from_spec(cls, name: str, *options: str) -> Float8Format:

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.base import (
     Format,
     Plane,
@@ -46,9 +47,9 @@ def parse_options(name: str, options: tuple[str, ...], allowed: dict[str, tuple[
         if key is None:
             known = ["tensor", "row", "g<size>", "b<rows>x<columns>", *allowed]
             spec = ":".join((name, *options))
-            raise ValueError(f"format {spec!r}: unknown option {word!r}; known: {', '.join(known)}")
+            raise ValueError(f"format {spec!r}: unknown option {word!r}; known: {', '.join(known)}" + see("bad-option"))
         if key in out:
-            raise ValueError(f"format {':'.join((name, *options))!r}: {word!r} repeats an option")
+            raise ValueError(f"format {':'.join((name, *options))!r}: {word!r} repeats an option" + see("bad-option"))
         out[key] = value
     return out
 
@@ -74,11 +75,14 @@ class IntFormat(Format):
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
-            raise ValueError(f"IntFormat: bits must be 1 to 8, got {self.bits}")
+            raise ValueError(f"IntFormat: bits must be 1 to 8, got {self.bits}" + see("bad-option"))
         if self.scale_dtype is None:
             object.__setattr__(self, "scale_dtype", self._default_scale_dtype)
         if self.scale_dtype not in _SCALE_NAMES:
-            raise ValueError(f"IntFormat: scale_dtype must be one of {list(_SCALE_NAMES)}, got {self.scale_dtype}")
+            raise ValueError(
+                f"IntFormat: scale_dtype must be one of {list(_SCALE_NAMES)}, got {self.scale_dtype}"
+                + see("bad-option")
+            )
 
     @property
     def _default_scale_dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.base import Format, Plane, Planes, divide, register, tile_amax
 from lowbit.formats.elements import FloatElement
 from lowbit.formats.fp8 import E4M3, E5M2
@@ -47,14 +48,17 @@ class MXFormat(Format):
         if self.variant not in _ELEMENTS or self.scaling not in ("floor", "rceil"):
             raise ValueError(
                 f"MXFormat: variant must be one of {list(_ELEMENTS)} and scaling 'floor' or 'rceil', "
-                f"got {self.variant!r}, {self.scaling!r}"
+                f"got {self.variant!r}, {self.scaling!r}" + see("bad-option")
             )
 
     @classmethod
     def from_spec(cls, name: str, *options: str) -> MXFormat:
         kwargs = parse_options(name, options, {mode: ("scaling", mode) for mode in ("floor", "rceil")})
         if "granularity" in kwargs:
-            raise ValueError(f"format {':'.join((name, *options))!r}: MX blocks always have {BLOCK} elements along K")
+            raise ValueError(
+                f"format {':'.join((name, *options))!r}: MX blocks always have {BLOCK} elements along K"
+                + see("bad-option")
+            )
         return cls(name, **kwargs)  # type: ignore[arg-type]
 
     @cached_property

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.formats.base import Format, Plane, Planes, divide, register, safe_scale, tile_amax
 from lowbit.formats.elements import FloatElement
 from lowbit.formats.fp8 import E4M3
@@ -31,7 +32,7 @@ class NVFP4Format(Format):
     @classmethod
     def from_spec(cls, name: str, *options: str) -> NVFP4Format:
         if options:
-            raise ValueError(f"format {':'.join((name, *options))!r}: nvfp4 has no options")
+            raise ValueError(f"format {':'.join((name, *options))!r}: nvfp4 has no options" + see("bad-option"))
         return cls()
 
     @property

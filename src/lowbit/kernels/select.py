@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 
 import torch
 
+from lowbit.errors import see
 from lowbit.formats.activation import Activation, parse_activation
 from lowbit.formats.base import Format, parse_format
 
@@ -204,7 +205,7 @@ def use_kernel(name: str) -> Iterator[None]:
     """
     names = [k.name for k in KERNELS]
     if name not in names:
-        raise ValueError(f"unknown kernel {name!r}; kernels: {', '.join(names)}")
+        raise ValueError(f"unknown kernel {name!r}; kernels: {', '.join(names)}" + see("unknown-kernel"))
     token = _forced.set(name)
     try:
         yield
@@ -239,4 +240,4 @@ def _select(problem: Problem, forced: str | None) -> Choice:
             return Choice(kernel, tuple(rejected))
         rejected.append((kernel.name, reason))
     lines = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
-    raise UnsupportedError(f"no kernel for {problem}:\n{lines}")
+    raise UnsupportedError(f"no kernel for {problem}:\n{lines}" + see("no-kernel"))

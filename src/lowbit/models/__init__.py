@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 from lowbit.models.llama import KVCache, Llama
 
@@ -32,4 +33,6 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Llama:
         from lowbit.models.gguf import load_gguf
 
         return load_gguf(path, dtype)
-    raise FileNotFoundError(f"{path} is neither a Hugging Face model directory nor a .gguf file")
+    raise FileNotFoundError(
+        f"{path} is neither a Hugging Face model directory nor a .gguf file" + see("model-not-readable")
+    )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.errors import see
+
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -46,11 +48,19 @@ class LlamaConfig:
         """
         names = config.get("architectures") or ["none"]
         if names[0] not in ARCHITECTURES:
-            raise ValueError(f"config.json: architecture {names[0]!r} is not one of {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"config.json: architecture {names[0]!r} is not one of {', '.join(ARCHITECTURES)}"
+                + see("model-not-readable")
+            )
         if config.get("quantization_config"):
-            raise ValueError("config.json: these weights are quantized already; give the directory of the original")
+            raise ValueError(
+                "config.json: these weights are quantized already; give the directory of the original"
+                + see("already-quantized")
+            )
         if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act must be 'silu', got {config['hidden_act']!r}")
+            raise ValueError(
+                f"config.json: hidden_act must be 'silu', got {config['hidden_act']!r}" + see("model-not-readable")
+            )
         rope = config.get("rope_parameters") or {}  # newer files hold rope_theta here too
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -88,13 +98,19 @@ def _rope_divisors(scaling: Mapping[str, Any], head_dim: int, config: Mapping[st
     """
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor must be 1, got {config['partial_rotary_factor']}")
+        raise ValueError(
+            f"config.json: partial_rotary_factor must be 1, got {config['partial_rotary_factor']}"
+            + see("model-not-readable")
+        )
     if kind == "default":
         return None
     if kind == "linear":
         return (float(scaling["factor"]),) * (head_dim // 2)
     if kind != "llama3":
-        raise ValueError(f"config.json: rotary scaling {kind!r} is not one of 'default', 'linear', 'llama3'")
+        raise ValueError(
+            f"config.json: rotary scaling {kind!r} is not one of 'default', 'linear', 'llama3'"
+            + see("model-not-readable")
+        )
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
     theta = float(scaling.get("rope_theta") or config.get("rope_theta", 10000.0))

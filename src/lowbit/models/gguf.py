@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 from lowbit.models.llama import Llama
 from lowbit.models.loading import assign_weights
@@ -49,9 +50,11 @@ def open_gguf(path: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("reading a GGUF file needs the package gguf; pip install 'lowbit[cli]'") from error
+        raise ImportError(
+            "reading a GGUF file needs the package gguf; pip install 'lowbit[cli]'" + see("missing-package")
+        ) from error
     if not path.is_file():
-        raise FileNotFoundError(f"there is no GGUF file at {path}")
+        raise FileNotFoundError(f"there is no GGUF file at {path}" + see("model-not-readable"))
     return gguf.GGUFReader(path)
 
 
@@ -65,15 +68,23 @@ def config_of(reader: Any) -> LlamaConfig:
     """The configuration that the file's metadata and its list of tensors describe."""
     arch = metadata(reader, "general.architecture", "none")
     if arch not in ARCHITECTURES:
-        raise ValueError(f"GGUF: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"GGUF: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}" + see("model-not-readable")
+        )
     get = partial(_field, reader, arch)
     if get("expert_count", 0):
-        raise ValueError(f"GGUF: {arch} with {get('expert_count')} experts; only dense models are supported")
+        raise ValueError(
+            f"GGUF: {arch} with {get('expert_count')} experts; only dense models are supported"
+            + see("model-not-readable")
+        )
     tensors = {t.name: t for t in reader.tensors}
     heads, hidden = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
     if (rotary := get("rope.dimension_count", head_dim)) != head_dim:
-        raise ValueError(f"GGUF: only {rotary} of the {head_dim} numbers of a head are rotary; all must be")
+        raise ValueError(
+            f"GGUF: only {rotary} of the {head_dim} numbers of a head are rotary; all must be"
+            + see("model-not-readable")
+        )
     context = get("context_length")
     return LlamaConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),  # GGUF lists the fastest dimension first
@@ -99,7 +110,7 @@ def config_of(reader: Any) -> LlamaConfig:
 def _field(reader: Any, arch: str, key: str, default: Any = None) -> Any:
     value = metadata(reader, f"{arch}.{key}", default)
     if value is None:
-        raise ValueError(f"GGUF: the file has no field {arch}.{key}")
+        raise ValueError(f"GGUF: the file has no field {arch}.{key}" + see("model-not-readable"))
     return value
 
 
@@ -110,7 +121,10 @@ def _rope_divisors(reader: Any, tensors: dict[str, Any], arch: str, head_dim: in
     if kind == "none":
         return None
     if kind != "linear":
-        raise ValueError(f"GGUF: rotary scaling {kind!r} is not one of 'none', 'linear' and stored factors")
+        raise ValueError(
+            f"GGUF: rotary scaling {kind!r} is not one of 'none', 'linear' and stored factors"
+            + see("model-not-readable")
+        )
     return (float(_field(reader, arch, "rope.scaling.factor")),) * (head_dim // 2)
 
 

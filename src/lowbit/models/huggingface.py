@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 from lowbit.models.llama import Llama
 from lowbit.models.loading import assign_weights
@@ -49,5 +50,6 @@ def _existing(path: Path) -> Path:
         raise FileNotFoundError(
             f"{path} does not exist; a Hugging Face model directory holds config.json and either model.safetensors or "
             "model.safetensors.index.json with its shards (other weight files, such as pytorch_model.bin, are not read)"
+            + see("model-not-readable")
         )
     return path

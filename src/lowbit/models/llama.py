@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 
 
@@ -23,7 +24,10 @@ class KVCache:
         self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         if not 0 < capacity <= config.max_positions:
-            raise ValueError(f"a KV cache holds 1 to {config.max_positions} positions of this model, got {capacity}")
+            raise ValueError(
+                f"a KV cache holds 1 to {config.max_positions} positions of this model, got {capacity}"
+                + see("context-exceeded")
+            )
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -190,11 +194,16 @@ class Llama(nn.Module):
             ValueError: `ids` is not 2-D, or the tokens reach beyond the cache or the model's longest context.
         """
         if ids.dim() != 2:
-            raise ValueError(f"ids must be (batch, tokens), got shape {tuple(ids.shape)}")
+            raise ValueError(f"ids must be (batch, tokens), got shape {tuple(ids.shape)}" + see("input-mismatch"))
         if cache is None and position != 0:
-            raise ValueError(f"position {position} needs the cache that holds the tokens before it")
+            raise ValueError(
+                f"position {position} needs the cache that holds the tokens before it" + see("input-mismatch")
+            )
         limit = self.config.max_positions if cache is None else cache.capacity
         if position + ids.shape[1] > limit:
-            raise ValueError(f"tokens {position} to {position + ids.shape[1]} exceed the {limit} positions there are")
+            raise ValueError(
+                f"tokens {position} to {position + ids.shape[1]} exceed the {limit} positions there are"
+                + see("context-exceeded")
+            )
         x = self.model(ids, cache, position)
         return self.lm_head(x[:, -1:] if last_only else x)  # type: ignore[no-any-return]

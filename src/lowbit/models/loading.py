@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 from lowbit.models.llama import Llama
 
@@ -34,11 +35,15 @@ def assign_weights(
         module = model.get_submodule(owner)
         expected = getattr(module, leaf).shape
         if tensor.shape != expected:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(expected)}")
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(expected)}"
+                + see("model-not-readable")
+            )
         setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
     if missing or unknown:
         raise ValueError(
             f"{source}: the weights do not fit the config; missing {_some(missing)}; unknown {_some(unknown)}"
+            + see("model-not-readable")
         )
     model.tie_weights()
     return model.eval()

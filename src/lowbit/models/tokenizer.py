@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowbit.errors import see
+
 # How llama.cpp's names for pre-tokenizers cut text before the byte-level step.
 _SPLITS_DIGITS = {"default": False, "gpt-2": False, "smollm": True}
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
@@ -56,7 +58,9 @@ class Tokenizer:
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
-            raise ImportError("chat templates need the package jinja2; pip install 'lowbit[cli]'") from error
+            raise ImportError(
+                "chat templates need the package jinja2; pip install 'lowbit[cli]'" + see("missing-package")
+            ) from error
 
         # The template comes with the model: it runs in a sandbox, and with the whitespace rules it was written for.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -83,6 +87,7 @@ def _from_huggingface(directory: Path) -> Tokenizer:
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} does not exist; save the tokenizer in this form with transformers' save_pretrained"
+            + see("model-not-readable")
         )
     backend = _tokenizers().Tokenizer.from_file(str(file))
     settings = _json(directory / "tokenizer_config.json")
@@ -108,6 +113,7 @@ def _from_gguf(path: Path) -> Tokenizer:
         raise ValueError(
             f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported, only byte-level BPE ('gpt2') "
             f"with {', '.join(map(repr, _SPLITS_DIGITS))}; use a Hugging Face directory with a tokenizer.json"
+            + see("model-not-readable")
         )
     tokens = metadata(reader, "tokenizer.ggml.tokens")
     merges = [tuple(m.split(" ")) for m in metadata(reader, "tokenizer.ggml.merges")]
@@ -140,7 +146,9 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("reading text needs the package tokenizers; pip install 'lowbit[cli]'") from error
+        raise ImportError(
+            "reading text needs the package tokenizers; pip install 'lowbit[cli]'" + see("missing-package")
+        ) from error
     return tokenizers
 
 

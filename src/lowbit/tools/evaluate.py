@@ -22,6 +22,7 @@ from importlib import resources
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import see
 from lowbit.models.llama import Llama
 
 # Logits are made for at most this many (token, vocabulary) pairs at once and reduced in pieces that stay in cache.
@@ -109,6 +110,7 @@ def evaluate(
         raise ValueError(
             f"evaluate: the reference was made for {stored.ids.numel()} ids in windows of {stored.window}, not for "
             f"these {ids.numel()} ids in windows of {window}; call reference_of with the same ids and window"
+            + see("reference-mismatch")
         )
     losses, changes, divergences, agreements = [], [], [], []
     for i, (inputs, targets) in enumerate(cut := _windows(ids, window)):
@@ -157,9 +159,11 @@ def held_out_text() -> str:
 def _windows(ids: Tensor, window: int) -> list[tuple[Tensor, Tensor]]:
     """Per window its inputs and the tokens that follow them; a last window of one token predicts nothing."""
     if ids.dim() != 1 or ids.numel() < 2:
-        raise ValueError(f"a text to measure is 1-D with at least 2 token ids, got shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"a text to measure is 1-D with at least 2 token ids, got shape {tuple(ids.shape)}" + see("input-mismatch")
+        )
     if window < 2:
-        raise ValueError(f"a window holds at least 2 tokens, got {window}")
+        raise ValueError(f"a window holds at least 2 tokens, got {window}" + see("bad-option"))
     return [(w[:-1], w[1:]) for w in ids.split(window) if w.numel() > 1]
 
 

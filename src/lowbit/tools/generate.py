@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.models.llama import KVCache, Llama
 
 
@@ -146,17 +147,20 @@ def _check(
     model: Llama, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(f"generate: ids must be (batch, tokens) with at least one token, got shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"generate: ids must be (batch, tokens) with at least one token, got shape {tuple(ids.shape)}"
+            + see("input-mismatch")
+        )
     if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}" + see("bad-option"))
     if (total := ids.shape[1] + max_new_tokens) > (limit := model.config.max_positions):
         raise ValueError(
             f"generate: {ids.shape[1]} prompt tokens and {max_new_tokens} new ones make {total}, more than the model's "
-            f"context of {limit}; shorten the prompt or lower max_new_tokens"
+            f"context of {limit}; shorten the prompt or lower max_new_tokens" + see("context-exceeded")
         )
     if temperature < 0:
-        raise ValueError(f"generate: temperature must be 0 (greedy) or above, got {temperature}")
+        raise ValueError(f"generate: temperature must be 0 (greedy) or above, got {temperature}" + see("bad-option"))
     if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}" + see("bad-option"))
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}")
+        raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}" + see("bad-option"))

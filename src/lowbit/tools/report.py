@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowbit.errors import see
 from lowbit.tools.demo import DemoResult, DemoRow
 
 #: Stand-in colours of the plots and the CSS variables that replace them.
@@ -56,7 +57,9 @@ def require_packages() -> None:
     """
     missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
     if missing:
-        raise ImportError(f"the report needs {' and '.join(missing)}; pip install 'lowbit[cli]'")
+        raise ImportError(
+            f"the report needs {' and '.join(missing)}; pip install 'lowbit[cli]'" + see("missing-package")
+        )
 
 
 def write_report(result: DemoResult, html: Path, data: Path) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from lowbit import checkpoint
 from lowbit.configs import Config
+from lowbit.errors import see
 from lowbit.models import Llama, LlamaConfig, load_model
 from lowbit.models.hub import demo_model
 from lowbit.models.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +50,9 @@ class Source:
         if self.kind != "checkpoint":
             return load_model(self.path, dtype or torch.bfloat16).to(device)
         if dtype is not None:
-            raise ValueError(f"{self.path} is quantized already and keeps its dtype; leave --dtype out")
+            raise ValueError(
+                f"{self.path} is quantized already and keeps its dtype; leave --dtype out" + see("already-quantized")
+            )
         with torch.device("meta"):
             model = Llama(LlamaConfig.from_huggingface(self.config()))
         checkpoint.load(model, self.path, device=device)
@@ -82,7 +85,7 @@ def find_source(name: str) -> Source:
     what = "exists, but is none of these" if path.exists() else "does not exist"
     raise ValueError(
         f"MODEL {name!r} {what}; give a Hugging Face directory (config.json and safetensors), a .gguf file, "
-        "a directory written by `lowbit quantize`, or the word demo"
+        "a directory written by `lowbit quantize`, or the word demo" + see("model-not-readable")
     )
 
 
