@@ -152,6 +152,12 @@ def test_a_character_of_several_tokens_is_shown_when_complete(model, capsys):
     assert stream.text == "aä€b"
 
 
+def test_a_terminal_gets_no_commands_from_a_model():
+    from lowbit.cli.language import _visible
+
+    assert _visible("a\x1b[2Jb\r\n\tä€\x9b") == "a\ufffd[2Jb\ufffd\n\tä€\ufffd"
+
+
 def test_eval_compares_with_the_original(model, quantized):
     got = document("eval", model, "-c", "int8wo", "-c", "int4wo-32", *SMALL)["results"]
     assert [r["config"] for r in got] == ["bfloat16", "int8wo", "int4wo-32"]

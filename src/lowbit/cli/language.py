@@ -113,9 +113,16 @@ class _Stream:
 
     def _write(self, text: str) -> None:
         if self.shown:
-            sys.stdout.write(text[len(self.text) :])
+            new = text[len(self.text) :]
+            # A model may write anything; to a terminal, control characters are commands.
+            sys.stdout.write(_visible(new) if sys.stdout.isatty() else new)
             sys.stdout.flush()
         self.text = text
+
+
+def _visible(text: str) -> str:
+    """Control characters other than ends of lines and tabs as U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 @command

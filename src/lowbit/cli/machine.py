@@ -168,7 +168,7 @@ def _epilogue(console: Console, result: DemoResult) -> None:
     console.print()
     console.print(f"[bold]{escape(result.prompt)}[/]")
     for row in result.rows:
-        console.print(f"[cyan]{row.config:<15}[/] {escape(' '.join(row.sample.split()))}")
+        console.print(f"[cyan]{row.config:<15}[/] {escape(row.sample)}")
     console.print()
     q = result.rows[0].quality
     console.print(

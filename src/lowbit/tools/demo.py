@@ -163,7 +163,8 @@ def run_demo(
         new = min(plan.new_tokens, room)
         ends = tokenizer.eos_ids
         said = generate(of, torch.tensor([prompt_ids]), new, eos_ids=ends, warmup=True)
-        return said, tokenizer.decode(said.ids[0, said.prompt_tokens :].tolist()).strip()
+        text = tokenizer.decode(said.ids[0, said.prompt_tokens :].tolist())
+        return said, " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     step(f"{dtype}: measuring")
@@ -262,8 +263,8 @@ def _prompt(tokenizer: Tokenizer) -> tuple[str, list[int]]:
 def _speed_note(device: torch.device) -> str:
     if device.type == "cuda":
         return "Speeds are of one sequence, in eager mode, without CUDA graphs."
-    threads = torch.get_num_threads()
+    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
     return (
-        f"Speeds are CPU speeds ({threads} threads, {platform.machine()}) of one sequence, with weights decoded on the "
+        f"Speeds are CPU speeds ({threads}, {platform.machine()}) of one sequence, with weights decoded on the "
         "fly. They show that every format runs here; they say nothing about a GPU, where other kernels run."
     )
