@@ -87,6 +87,19 @@ def floor_rows() -> list[Cells]:
     ]  # fmt: skip
 
 
+def demo_rows() -> list[Cells]:
+    """Of `lowbit demo`: every config on its real language model."""
+    _, result = newest("cpu_*_demo.json")
+    rows: list[Cells] = []
+    for r in result["rows"]:
+        q = r["quality"]
+        rows.append((
+            f"`{r['config']}`", f"{r['bits_per_weight']:.2f}", f"{r['model_bytes'] / 1e6:.0f}",
+            f"{q['perplexity']:.2f}", f"{q['kl_mean']:.4f}", f"{100 * q['top1_agreement']:.1f}", f"{r['tokens_per_second']:.1f}",
+        ))  # fmt: skip
+    return rows
+
+
 @dataclass(frozen=True)
 class Table:
     page: str
@@ -109,15 +122,21 @@ TABLES = {
         ("short name", "config", "weight", "activation"),
         lambda: [config_row(name) for name in EXAMPLES],
     ),
+    "demo": Table(
+        "README.md",
+        ("config", "bits per weight", "model MB", "perplexity", "KL (nats)", "same top-1 %", "tokens/s"),
+        demo_rows,
+    ),
     "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
     "floor": Table("docs/measured.md", ("weight", "us", "read alone", "bf16", "share"), floor_rows),
 }
 
 
 def section(name: str, text: str) -> re.Match[str]:
-    """What follows the mark of a table, up to the next empty line or the page's end."""
-    found = re.search(rf"(?<=<!-- table {name}: python tests/docs_tables.py -->\n).*?(?=\n\n|\n?\Z)", text, re.S)
-    assert found is not None, f"the page has no <!-- table {name}: ... --> mark"
+    """The rows after the mark of a table."""
+    mark = f"<!-- table {name}: python tests/docs_tables.py -->\n"
+    found = re.search(rf"(?<={mark})\|.*(\n\|.*)*", text)
+    assert found is not None, f"the page has no rows after {mark}"
     return found
 
 
