@@ -95,7 +95,8 @@ def demo_rows() -> list[Cells]:
         q = r["quality"]
         rows.append((
             f"`{r['config']}`", f"{r['bits_per_weight']:.2f}", f"{r['model_bytes'] / 1e6:.0f}",
-            f"{q['perplexity']:.2f}", f"{q['kl_mean']:.4f}", f"{100 * q['top1_agreement']:.1f}", f"{r['tokens_per_second']:.1f}",
+            f"{q['perplexity']:.2f}", f"{q['kl_mean']:.4f}", f"{100 * q['top1_agreement']:.1f}",
+            f"{r['tokens_per_second']:.1f}",
         ))  # fmt: skip
     return rows
 
