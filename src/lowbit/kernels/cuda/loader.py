@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lowbit.cache import cache_dir
+from lowbit.errors import see
 from lowbit.kernels.select import UnsupportedError
 
 Defines = tuple[tuple[str, int], ...]
@@ -89,7 +90,7 @@ class CudaKernel:
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 f"{kernel} is not compiled yet and the stream is being captured; run the layer once with this number "
-                "of tokens before capturing a CUDA graph"
+                "of tokens before capturing a CUDA graph" + see("no-kernel")
             )
         source = resources.files("lowbit.kernels.cuda").joinpath(source_name).read_text()
         arch = torch.cuda.get_device_capability(device)
