@@ -62,7 +62,8 @@ def test_errors_carry_the_compilers_log(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"m": 17}, "above 16"),
+        ({"m": 9}, "above 8"),
+        ({"m": 17, "format": "int3:g64"}, "above 16"),
         ({"dtype": torch.float16}, "written for bf16"),
         ({"arch": (7, 5)}, "needs compute capability 8.0"),
         ({"k": 100}, "no multiple of the 32 weights"),

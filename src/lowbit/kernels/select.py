@@ -177,9 +177,9 @@ def _native(p: Problem) -> str | None:
 
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
-    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
     Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),

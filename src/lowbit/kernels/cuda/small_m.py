@@ -16,7 +16,6 @@ from lowbit.kernels.cuda import loader
 from lowbit.kernels.cuda.loader import Defines
 from lowbit.kernels.select import Problem
 
-# Above, activations are read from L2 too often and cuBLAS-like tiles win (docs/measured.md).
 MAX_TOKENS = 16
 THREADS = 256
 
@@ -91,11 +90,24 @@ def constants(fmt: Format) -> Defines | str:
     return tuple(sorted(defines.items()))
 
 
+def max_tokens(fmt: Format) -> int:
+    """How many tokens this kernel is the fastest for, as measured on an H100 (docs/measured.md).
+
+    Above 8 it reads the activations from L2 too often, and the Triton kernel wins where decoding costs that one
+    little: integers of 4 and 8 bits, and 8-bit floats with one scale per row.
+    """
+    e, group = fmt.element, fmt.plane("scale").k
+    by_row = group is None or group % 128 == 0
+    cheap = isinstance(e, IntElement) and e.bits in (4, 8) and (by_row or group == 32)
+    cheap = cheap or (isinstance(e, FloatElement) and e.bits == 8 and by_row)
+    return 8 if cheap else MAX_TOKENS
+
+
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
     fmt, act = problem.weight, problem.activation
-    if problem.m > MAX_TOKENS:
-        return f"M = {problem.m} is above {MAX_TOKENS}"
+    if problem.m > max_tokens(fmt):
+        return f"M = {problem.m} is above {max_tokens(fmt)}, where other kernels are faster"
     if problem.dtype != torch.bfloat16:
         return f"written for bf16, got {problem.dtype}"
     if problem.arch is not None and problem.arch < (8, 0):
