@@ -11,6 +11,7 @@ PIP_FLAGS ?=
 DEMO ?=
 PYTEST ?=
 
+CODE := src tests benchmarks
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 
@@ -34,13 +35,13 @@ test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
 
 lint: $(VENV)/.lint
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
 format: $(VENV)/.lint
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 bench: $(VENV)/.cli
 	$(BIN)/python benchmarks/gpu_smoke.py
