@@ -90,7 +90,8 @@ def main() -> int:
                 )
     if args.out:
         info = {
-            "command": "python " + " ".join(sys.argv), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "command": "python " + " ".join(sys.argv), "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__, "triton": triton.__version__,
             "python": platform.python_version(), "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
         args.out.write_text(json.dumps({"info": info, "rows": rows}, indent=1))
