@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,8 @@ from safetensors.torch import save_file
 from tiny_llama import CONFIG, tiny_ids, tiny_llama
 
 from lowbit.models import load_model
+
+gguf = pytest.importorskip("gguf", reason="GGUF files are written with the package gguf: pip install gguf")
 
 CONFIG_JSON = {
     "architectures": ["LlamaForCausalLM"],

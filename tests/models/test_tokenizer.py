@@ -2,11 +2,12 @@
 
 import json
 
-import gguf
 import pytest
 import tokenizers
 
 from lowbit.models.tokenizer import load_tokenizer
+
+gguf = pytest.importorskip("gguf", reason="GGUF files are written with the package gguf: pip install gguf")
 
 # Every byte, then pieces; "Ġ" stands for a space in GPT-2's printable alphabet.
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
