@@ -2,8 +2,7 @@
 #
 #   PYTHON=python3.12        the interpreter that makes the environment
 #   TORCH=2.11.0             another version of torch
-#   PIP_FLAGS='--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple'
-#                            where torch comes from: its CPU wheels are smaller where there is no GPU
+#   PIP_FLAGS=...            more flags for pip, such as an index with CPU wheels of torch, which are smaller
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
