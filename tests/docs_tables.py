@@ -77,6 +77,17 @@ def speed_rows() -> list[Cells]:
     ]
 
 
+def crossover_rows() -> list[Cells]:
+    """Of `gpu_smoke.py`: both kernels for few tokens, in microseconds."""
+    _, result = newest("h100_*_few_tokens.json")
+    times: dict[str, dict[tuple[int, str], float]] = {}
+    for r in result["records"]:
+        if r["layer"] == "gate_up" and not r["act"]:
+            times.setdefault(r["weight"], {})[r["m"], r["kernel"]] = r["us"]
+    columns = [(m, kernel) for m in (1, 16) for kernel in ("cuda_small_m", "triton_weight_only")]
+    return [(f"`{w}`", *(f"{t[c]:.1f}" for c in columns)) for w, t in times.items() if all(c in t for c in columns)]
+
+
 def floor_rows() -> list[Cells]:
     """Of `small_m.py`: time of one token, and the time of reading as many bytes."""
     _, result = newest("h100_*_small_m.json")
@@ -129,6 +140,9 @@ TABLES = {
         demo_rows,
     ),
     "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
+    "crossover": Table(
+        "docs/measured.md", ("weight", "C++, M = 1", "Triton, M = 1", "C++, M = 16", "Triton, M = 16"), crossover_rows
+    ),
     "floor": Table("docs/measured.md", ("weight", "us", "read alone", "bf16", "share"), floor_rows),
 }
 
