@@ -26,7 +26,8 @@ import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.select import Problem, select, use_kernel
+from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import select, use_kernel
 
 LAYERS = {"gate_up": (28672, 4096), "o": (4096, 4096)}
 TOKENS = (1, 16, 128, 1024)

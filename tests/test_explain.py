@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.kernels.select import KERNELS, Problem, select
+from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import KERNELS, select
 
 
 @pytest.fixture

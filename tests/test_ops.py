@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from lowbit import QuantizedTensor, ops
 from lowbit.formats import Format, parse_format
 from lowbit.formats.activation import Activation, parse_activation
-from lowbit.kernels.select import KERNELS, UnsupportedError, select, use_kernel
+from lowbit.kernels.problem import UnsupportedError
+from lowbit.kernels.select import KERNELS, select, use_kernel
 
 MS = (0, 1, 2, 7, 16, 17, 33, 128, 1025)
 NS = KS = (1, 3, 31, 64, 65, 100, 127, 129, 4097)

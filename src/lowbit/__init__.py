@@ -30,7 +30,8 @@ from lowbit.configs import (
 from lowbit.explain import explain
 from lowbit.formats import parse_format
 from lowbit.granularity import PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
-from lowbit.kernels.select import UnsupportedError, use_kernel
+from lowbit.kernels.problem import UnsupportedError
+from lowbit.kernels.select import use_kernel
 from lowbit.quantize import FqnToConfig, quantize_
 from lowbit.report import Report
 from lowbit.specs import parse_config

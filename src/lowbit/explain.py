@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lowbit.errors import see
-from lowbit.kernels.select import Problem, UnsupportedError, select
+from lowbit.kernels.problem import Problem, UnsupportedError
+from lowbit.kernels.select import select
 from lowbit.tensor import QuantizedTensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

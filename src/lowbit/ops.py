@@ -19,7 +19,8 @@ from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import Format, parse_format
 from lowbit.kernels import convolution
 from lowbit.kernels.convolution import Convolution
-from lowbit.kernels.select import Problem, select, select_gradient
+from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import select, select_gradient
 
 _LIB = torch.library.Library("lowbit", "DEF")
 _LIB.define(

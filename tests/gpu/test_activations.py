@@ -10,7 +10,8 @@ from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 
 from lowbit.formats import parse_format
 from lowbit.formats.activation import Activation, parse_activation
-from lowbit.kernels.select import Problem, select
+from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import select
 from lowbit.kernels.triton import act_quant
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -16,7 +16,8 @@ from lowbit.formats import Format, Plane, Planes, parse_format, register
 from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import safe_scale, tile_amax, unregister
 from lowbit.formats.elements import FloatElement
-from lowbit.kernels.select import Problem, select
+from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import select
 
 BF16 = torch.bfloat16
 PAIRS = [

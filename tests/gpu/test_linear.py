@@ -11,7 +11,8 @@ from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.select import KERNELS, Problem, use_kernel
+from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import KERNELS, use_kernel
 from lowbit.kernels.triton import dequant, weight_only
 from lowbit.kernels.triton.weight_only import Config
 

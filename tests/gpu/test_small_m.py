@@ -9,7 +9,7 @@ from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 
 from lowbit.formats import Format, registered
 from lowbit.kernels.cuda import small_m
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 pytestmark = pytest.mark.gpu
 

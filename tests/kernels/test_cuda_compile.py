@@ -11,7 +11,7 @@ from cases import each_format
 
 from lowbit.formats import Format, registered
 from lowbit.kernels.cuda import loader, small_m
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install cuda-bindings nvidia-cuda-nvrtc")
 SOURCE = resources.files("lowbit.kernels.cuda").joinpath("small_m.cu").read_text()

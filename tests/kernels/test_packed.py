@@ -42,7 +42,8 @@ def shifted(t: Tensor, nbytes: int) -> Tensor:
 
 def sweep() -> int:
     from lowbit.kernels.cpu.packed import int8_packed
-    from lowbit.kernels.select import KERNELS, Problem
+    from lowbit.kernels.problem import Problem
+    from lowbit.kernels.select import KERNELS
 
     kernel = next(k for k in KERNELS if k.name == "aten_int8_packed")
     count = 0

@@ -11,7 +11,8 @@ from cases import FORMATS, each_format
 
 from lowbit.formats import Format, parse_format
 from lowbit.kernels import select as module
-from lowbit.kernels.select import KERNELS, Kernel, Problem, UnsupportedError, select, use_kernel
+from lowbit.kernels.problem import Problem, UnsupportedError
+from lowbit.kernels.select import KERNELS, Kernel, select, use_kernel
 
 ARCHS = (None, (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0))
 ACTS = ("", "float8_e4m3:row", "float8_e4m3:g128", "int8:row", "int8:tensor@static", "mxfp8_e4m3", "nvfp4")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import Format
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 # fp32 weights of one block: 1 MiB stays in a CPU core's cache between being written and being read.
 BLOCK_ELEMENTS = 1 << 18

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 
 def reference(

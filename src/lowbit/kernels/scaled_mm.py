@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 
 def cublas_scaled_mm(

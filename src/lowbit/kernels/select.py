@@ -17,34 +17,9 @@ from functools import cache, lru_cache
 import torch
 
 from lowbit.errors import see
-from lowbit.formats.activation import Activation, parse_activation
-from lowbit.formats.base import Format, parse_format
-
-
-class UnsupportedError(NotImplementedError):
-    """No kernel applies, or the one asked for does not; the message lists every kernel and its reason."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One matmul `y (M, N) = x (M, K) @ W (N, K).T`, as far as the choice of a kernel depends on it."""
-
-    m: int
-    n: int
-    k: int
-    format: str
-    act: str
-    dtype: torch.dtype
-    device: str
-    arch: tuple[int, int] | None = None  # CUDA compute capability
-
-    @property
-    def weight(self) -> Format:
-        return parse_format(self.format)
-
-    @property
-    def activation(self) -> Activation | None:
-        return parse_activation(self.act)
+from lowbit.kernels.cpu import native
+from lowbit.kernels.cuda import small_m
+from lowbit.kernels.problem import Problem, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -164,20 +139,12 @@ def _cpu_int8(p: Problem) -> str | None:
     return None
 
 
-def _small_m(p: Problem) -> str | None:
-    from lowbit.kernels.cuda import small_m  # late: it needs this module
-
-    return small_m.why_not(p)
-
-
 def _native(p: Problem) -> str | None:
-    from lowbit.kernels.cpu import native  # late: importing lowbit must not look for a compiler
-
     return native.missing()
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
+    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", small_m.why_not),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lowbit.calibrate import calibrate
 from lowbit.configs import Config
-from lowbit.kernels.select import Problem, UnsupportedError, select
+from lowbit.kernels.problem import Problem, UnsupportedError
+from lowbit.kernels.select import select
 from lowbit.quantize import quantize_
 from lowbit.specs import EXAMPLES, parse_config
 from lowbit.tensor import QuantizedTensor

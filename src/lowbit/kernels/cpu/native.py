@@ -21,7 +21,7 @@ from lowbit.cache import cache_dir
 from lowbit.formats.base import Format
 from lowbit.formats.elements import Element, FloatElement, IntElement
 from lowbit.kernels.blocked import row_blocks, split_input
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 # No contraction to fused multiply-adds in the decoder: weights come out bit-equal to `Format.dequantize`.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-std=c11")

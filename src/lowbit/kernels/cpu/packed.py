@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 # The op's vector loads want whole cache lines; anything else ends the process (AVX512: 32 bytes for x, 16 for weights).
 ALIGNMENT = 64

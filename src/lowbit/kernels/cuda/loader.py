@@ -20,7 +20,7 @@ import torch
 
 from lowbit.cache import cache_dir
 from lowbit.errors import see
-from lowbit.kernels.select import UnsupportedError
+from lowbit.kernels.problem import UnsupportedError
 
 Defines = tuple[tuple[str, int], ...]
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.elements import FloatElement, IntElement, TableElement
 from lowbit.kernels.cuda import loader
 from lowbit.kernels.cuda.loader import Defines
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 
 MAX_TOKENS = 16
 THREADS = 256

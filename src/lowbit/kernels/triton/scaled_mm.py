@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.launch import OPTIONS, on_device
 

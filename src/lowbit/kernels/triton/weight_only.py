@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats.base import Format
-from lowbit.kernels.select import Problem
+from lowbit.kernels.problem import Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.decode import Layout, Tiles, layout_of, levels, scales, tile_bytes, tile_of, weight_args
 from lowbit.kernels.triton.decode_packed import lut_of, lut_parts, packing_for, part_of, split_parts
