@@ -208,7 +208,7 @@ static void row_levels(const struct weight *w, int64_t row, float *restrict leve
     }
 }
 
-/* Scratch of one thread: levels, then scales, then zero points of a row. */
+/* Scratch of one thread: levels, scales and zero points of a row, then sums of the activations. */
 static inline float *scales_of(const struct weight *w, float *scratch) { return scratch + w->k + 16; }
 
 static inline int64_t group_of(const struct weight *w) { return w->scale_k ? w->scale_k : w->k; }
@@ -235,6 +235,85 @@ static inline v16 load16(const float *p) {
     return v;
 }
 
+#if defined(__AVX2__) && defined(__FMA__)
+#ifdef __AVX512F__
+typedef __m512 sixteen;
+static inline sixteen none(void) { return _mm512_setzero_ps(); }
+/* sum + level[codes] * x, for sixteen codes. */
+static inline sixteen add_products(sixteen sum, __m128i codes, table16 t, const float *x) {
+    return _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), t), _mm512_loadu_ps(x), sum);
+}
+static inline sixteen add_scaled(sixteen total, sixteen sum, float s) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(s), total); }
+static inline float added(sixteen v) { return _mm512_reduce_add_ps(v); }
+#else
+typedef struct { __m256 a, b; } sixteen;
+static inline sixteen none(void) { return (sixteen){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline __m256 levels8(__m128i codes, table16 t) {
+    __m256i i = _mm256_cvtepu8_epi32(codes);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, i), _mm256_permutevar8x32_ps(t.high, i),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+static inline sixteen add_products(sixteen sum, __m128i codes, table16 t, const float *x) {
+    sum.a = _mm256_fmadd_ps(levels8(codes, t), _mm256_loadu_ps(x), sum.a);
+    sum.b = _mm256_fmadd_ps(levels8(_mm_srli_si128(codes, 8), t), _mm256_loadu_ps(x + 8), sum.b);
+    return sum;
+}
+static inline sixteen add_scaled(sixteen total, sixteen sum, float s) {
+    __m256 v = _mm256_set1_ps(s);
+    return (sixteen){_mm256_fmadd_ps(sum.a, v, total.a), _mm256_fmadd_ps(sum.b, v, total.b)};
+}
+static inline float added(sixteen v) {
+    float all[8], sum = 0;
+    _mm256_storeu_ps(all, _mm256_add_ps(v.a, v.b));
+    for (int i = 0; i < 8; i++) sum += all[i];
+    return sum;
+}
+#endif
+
+/* Rows of 4-bit codes in groups that whole vectors fill: levels never leave the registers. */
+static int takes_nibbles(const struct weight *w) {
+    int64_t group = group_of(w);
+    return w->by_byte && w->vector == 1 && w->width[0] == 4 && (group % 32 == 0 || group == 16 || !w->scale_k);
+}
+
+/* The product of a row with one token, sum over groups of scale * (sum level * x - zero * sum x); `sums` has sum x. */
+static float nibble_dot(const struct weight *w, int64_t row, const float *restrict x, float *scratch, const float *sums) {
+    float *scale = scales_of(w, scratch), *zero = scale + w->scale_columns, rest = 0;
+    const uint8_t *p = w->codes[0] + row * w->stride[0];
+    table16 t = load_table16(w->levels);
+    __m128i mask = _mm_set1_epi8(15);
+    row_scales(w, row, scale, zero);
+    int64_t group = group_of(w), c = 0;
+    sixteen total = none(), sum = none();
+    for (int64_t a = 0; a < w->k; c++, a += group) {
+        int64_t i = a, b = least(a + group, w->k);
+        if (group == 16 && a + 32 <= w->k) b = a + 32; /* two groups in one load */
+        for (; i + 32 <= b; i += 32) {
+            __m128i bytes = _mm_loadu_si128((const __m128i *)(p + i / 2));
+            __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+            sum = add_products(sum, _mm_unpacklo_epi8(low, high), t, x + i);
+            if (group == 16) {
+                total = add_scaled(total, sum, scale[c]);
+                rest -= scale[c] * zero[c] * sums[c];
+                sum = none(), c++, a += 16;
+            }
+            sum = add_products(sum, _mm_unpackhi_epi8(low, high), t, x + i + 16);
+        }
+        total = add_scaled(total, sum, scale[c]);
+        sum = none();
+        float tail = 0;
+        for (; i < b; i++) tail += w->levels[p[i / 2] >> i % 2 * 4 & 15] * x[i];
+        rest += scale[c] * (tail - zero[c] * sums[c]);
+    }
+    return added(total) + rest;
+}
+#else
+static int takes_nibbles(const struct weight *w) { return (void)w, 0; }
+static float nibble_dot(const struct weight *w, int64_t row, const float *x, float *scratch, const float *sums) {
+    return (void)w, (void)row, (void)x, (void)scratch, (void)sums, 0;
+}
+#endif
+
 /* The product of one row with one token, weights scaled on the way. */
 static float row_dot(const struct weight *w, int64_t row, const float *restrict x, float *scratch) {
     float *restrict level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns, total = 0;
@@ -259,16 +338,30 @@ static float dot(const float *restrict a, const float *restrict b, int64_t n) {
     return sum;
 }
 
+/* Sum of the activations of each group. */
+static void group_sums(const struct weight *w, const float *x, float *sums) {
+    int64_t group = group_of(w);
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = a; i < least(a + group, w->k); i++) sum += x[i];
+        sums[c] = sum;
+    }
+}
+
 /* y (m, n) = x (m, k) W^T on `threads` threads, each with `size` floats of scratch. */
 void lowbit_linear(const struct weight *w, int64_t m, const float *x, float *y, float *scratch, int64_t size,
                    int64_t threads) {
     int64_t step = (w->n + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t t = 0; t < threads; t++) {
-        float *mine = scratch + t * size;
+        float *mine = scratch + t * size, *sums = scales_of(w, mine) + 2 * w->scale_columns;
+        int nibbles_only = m == 1 && takes_nibbles(w);
+        if (nibbles_only && w->zero) group_sums(w, x, sums);
+        if (nibbles_only && !w->zero) memset(sums, 0, (size_t)w->scale_columns * 4);
         for (int64_t row = t * step; row < least((t + 1) * step, w->n); row++) {
             if (m == 1) {
-                y[row] = row_dot(w, row, x, mine);
+                y[row] = nibbles_only ? nibble_dot(w, row, x, mine, sums) : row_dot(w, row, x, mine);
                 continue;
             }
             decode_row(w, row, mine);

@@ -106,7 +106,7 @@ def native(
     (m, k), n, threads = x.shape, problem.n, torch.get_num_threads()
     y = torch.empty(m, n)
     weight, keep = _describe(problem.weight, planes, n, k)
-    size = k + 16 + 2 * planes["scale"].shape[1]
+    size = k + 16 + 3 * planes["scale"].shape[1]
     scratch = torch.empty(threads * size)
     pool = (scratch.data_ptr(), size, threads)
     if m <= MAX_FUSED_TOKENS:
