@@ -22,6 +22,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "lowbit.kernels": ("lowbit.formats", *BASE),
     "lowbit.ops": ("lowbit.kernels", "lowbit.formats", *BASE),
     "lowbit.tensor": ("lowbit.ops", "lowbit.formats", *BASE),
+    "lowbit.dispatch": ("lowbit.tensor", "lowbit.ops", "lowbit.formats", *BASE),
 }
 MIDDLE = ("lowbit.quantize", "lowbit.calibrate", "lowbit.checkpoint", "lowbit.checkpoints", "lowbit.configs",
           "lowbit.specs", "lowbit.report", "lowbit.explain", "lowbit.models", "lowbit.attention")  # fmt: skip

@@ -37,6 +37,8 @@ from lowbit.report import Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 
+from lowbit import dispatch  # isort: skip  # noqa: F401  (fills the tables of QuantizedTensor)
+
 __version__ = "0.1.0"
 
 __all__ = [
