@@ -22,10 +22,10 @@ help:
 	@echo "make lint      ruff and mypy                     make format    let ruff rewrite"
 	@echo "make bench     kernels against bf16 on a GPU     make clean     remove everything made here"
 
-# Threads that sleep while they wait: on a machine that does other things too, spinning ones take the cores away from
-# the threads that they wait for.
+# Threads that spin only briefly while they wait: on a machine that does other things too, long spinning takes the cores
+# away from the threads that they wait for; sleeping at once costs a wake-up for each of a token's many small products.
 demo: $(VENV)/.cli
-	OMP_WAIT_POLICY=passive $(BIN)/lowbit demo $(DEMO)
+	GOMP_SPINCOUNT=10000 $(BIN)/lowbit demo $(DEMO)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(PYTEST)
