@@ -91,3 +91,33 @@ def test_is_compiled_once(tmp_path: os.PathLike[str]) -> None:
     files = [f for _, _, names in os.walk(tmp_path) for f in names]
     assert len(files) == 1
     assert files[0].endswith(".so")
+
+
+SANITIZED = """
+import torch, torch.nn.functional as F
+import lowbit
+from lowbit.formats import registered
+from lowbit.kernels.cpu import native
+native.FLAGS = ("-g", "-fsanitize=address,undefined", *native.FLAGS)
+assert native.missing() is None, native.missing()
+for fmt in registered():
+    for n, k in [(5, 1), (3, 31), (7, 129), (2, 576)]:
+        w = lowbit.QuantizedTensor.from_float(torch.randn(n, k), fmt)
+        for m in (1, 2, 9):
+            x = torch.randn(m, k)
+            with lowbit.use_kernel("cpu_native"):
+                F.linear(x, w)
+print("clean")
+"""
+
+
+@needs_compiler
+def test_stays_inside_its_buffers(tmp_path: os.PathLike[str]) -> None:
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, sizes that end in the middle of vectors and bytes."""
+    names = ("libasan.so", "libubsan.so")
+    found = [subprocess.run(["cc", f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names]
+    libraries = [f.stdout.strip() for f in found]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("the compiler has no sanitizer libraries")
+    env = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "LOWBIT_CACHE": str(tmp_path)}
+    assert run(SANITIZED, **env).strip() == "clean"

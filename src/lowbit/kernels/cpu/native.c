@@ -25,7 +25,7 @@ struct weight {
     const float *table;           /* null: codes are signed bytes */
     int64_t float_shift;          /* 8-bit floats: a code's magnitude shifted by this is an fp16 ... */
     float float_scale;            /* ... which times this is the level; 0 where codes are no floats */
-    const float *levels;          /* the level of each code, whether `table` is by byte or not */
+    const float *levels;          /* the level of each code, at least 16 entries, whether `table` is by byte or not */
     const void *scale;            /* (rows of tiles, columns of tiles) */
     int64_t scale_kind;           /* 0: fp32, 1: bf16, 2: one byte through scale_table */
     const float *scale_table;
@@ -235,28 +235,47 @@ static inline v16 load16(const float *p) {
     return v;
 }
 
-#if defined(__AVX2__) && defined(__FMA__)
+/* What decodes sixteen codes into registers. */
+enum fused { NOT_FUSED, BITS_1, BITS_2, BITS_3, BITS_4, SIGNED_BYTES, FLOAT_BYTES };
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+static enum fused fused_kind(const struct weight *w) {
+    if (w->vector != 1 || group_of(w) % 16 && w->scale_k) return NOT_FUSED;
+    if (!w->table) return SIGNED_BYTES;
+    if (w->float_scale != 0) return FLOAT_BYTES;
+    if (w->planes == 1) return w->width[0] == 1 ? BITS_1 : w->width[0] == 2 ? BITS_2 : w->width[0] == 4 ? BITS_4 : NOT_FUSED;
+    return w->planes == 2 && w->width[0] == 2 ? BITS_3 : NOT_FUSED;
+}
+
 #ifdef __AVX512F__
 typedef __m512 sixteen;
 static inline sixteen none(void) { return _mm512_setzero_ps(); }
-/* sum + level[codes] * x, for sixteen codes. */
-static inline sixteen add_products(sixteen sum, __m128i codes, table16 t, const float *x) {
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), t), _mm512_loadu_ps(x), sum);
-}
+static inline sixteen looked_up(__m128i codes, table16 t) { return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), t); }
+static inline sixteen from_halves(__m256i halves) { return _mm512_cvtph_ps(halves); }
+static inline sixteen from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+static inline sixteen add_product(sixteen sum, sixteen v, const float *x) { return _mm512_fmadd_ps(v, _mm512_loadu_ps(x), sum); }
 static inline sixteen add_scaled(sixteen total, sixteen sum, float s) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(s), total); }
 static inline float added(sixteen v) { return _mm512_reduce_add_ps(v); }
 #else
 typedef struct { __m256 a, b; } sixteen;
 static inline sixteen none(void) { return (sixteen){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-static inline __m256 levels8(__m128i codes, table16 t) {
+static inline __m256 eight_looked_up(__m128i codes, table16 t) {
     __m256i i = _mm256_cvtepu8_epi32(codes);
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, i), _mm256_permutevar8x32_ps(t.high, i),
                             _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
-static inline sixteen add_products(sixteen sum, __m128i codes, table16 t, const float *x) {
-    sum.a = _mm256_fmadd_ps(levels8(codes, t), _mm256_loadu_ps(x), sum.a);
-    sum.b = _mm256_fmadd_ps(levels8(_mm_srli_si128(codes, 8), t), _mm256_loadu_ps(x + 8), sum.b);
-    return sum;
+static inline sixteen looked_up(__m128i codes, table16 t) {
+    return (sixteen){eight_looked_up(codes, t), eight_looked_up(_mm_srli_si128(codes, 8), t)};
+}
+static inline sixteen from_halves(__m256i halves) {
+    return (sixteen){_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+static inline sixteen from_bytes(__m128i b) {
+    return (sixteen){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
+                     _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+}
+static inline sixteen add_product(sixteen sum, sixteen v, const float *x) {
+    return (sixteen){_mm256_fmadd_ps(v.a, _mm256_loadu_ps(x), sum.a), _mm256_fmadd_ps(v.b, _mm256_loadu_ps(x + 8), sum.b)};
 }
 static inline sixteen add_scaled(sixteen total, sixteen sum, float s) {
     __m256 v = _mm256_set1_ps(s);
@@ -270,47 +289,75 @@ static inline float added(sixteen v) {
 }
 #endif
 
-/* Rows of 4-bit codes in groups that whole vectors fill: levels never leave the registers. */
-static int takes_nibbles(const struct weight *w) {
-    int64_t group = group_of(w);
-    return w->by_byte && w->vector == 1 && w->width[0] == 4 && (group % 32 == 0 || group == 16 || !w->scale_k);
+/* Levels of the codes i to i + 15 of a row whose planes begin at `p`; those of floats lack the factor float_scale. */
+static inline __attribute__((always_inline)) sixteen sixteen_levels(enum fused kind, const uint8_t *const *p, int64_t i,
+                                                                     table16 t, __m128i shift) {
+    if (kind == BITS_4) {
+        __m128i b = _mm_loadl_epi64((const __m128i *)(p[0] + i / 2)), mask = _mm_set1_epi8(15);
+        return looked_up(_mm_unpacklo_epi8(_mm_and_si128(b, mask), _mm_and_si128(_mm_srli_epi16(b, 4), mask)), t);
+    }
+    if (kind == SIGNED_BYTES) return from_bytes(_mm_loadu_si128((const __m128i *)(p[0] + i)));
+    if (kind == FLOAT_BYTES) {
+        __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p[0] + i)));
+        __m256i sign = _mm256_slli_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x80)), 8);
+        return from_halves(_mm256_or_si256(sign, _mm256_sll_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x7f)), shift)));
+    }
+    int width = kind == BITS_1 ? 1 : 2;
+    uint64_t low = eight_codes(p[0] + i * width / 8, width), high = eight_codes(p[0] + i * width / 8 + width, width);
+    if (kind == BITS_3) {
+        low |= eight_codes(p[1] + i / 8, 1) << 2;
+        high |= eight_codes(p[1] + i / 8 + 1, 1) << 2;
+    }
+    return looked_up(_mm_set_epi64x((long long)high, (long long)low), t);
 }
 
-/* The product of a row with one token, sum over groups of scale * (sum level * x - zero * sum x); `sums` has sum x. */
-static float nibble_dot(const struct weight *w, int64_t row, const float *restrict x, float *scratch, const float *sums) {
-    float *scale = scales_of(w, scratch), *zero = scale + w->scale_columns, rest = 0;
-    const uint8_t *p = w->codes[0] + row * w->stride[0];
-    table16 t = load_table16(w->levels);
-    __m128i mask = _mm_set1_epi8(15);
+/* The product of a row with one token, as the sum over groups of scale * (sum level * x - zero * sum x), levels never
+   leaving the registers; `sums` has sum x. */
+static inline __attribute__((always_inline)) float fused_dot(enum fused kind, const struct weight *w, int64_t row,
+                                                             const float *restrict x, float *scratch, const float *sums) {
+    float *level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns, rest = 0;
+    float factor = kind == FLOAT_BYTES ? w->float_scale : 1;
+    const uint8_t *p[2] = {w->codes[0] + row * w->stride[0], w->planes > 1 ? w->codes[1] + row * w->stride[1] : 0};
+    int tables = kind != SIGNED_BYTES && kind != FLOAT_BYTES;
+    table16 t = load_table16(tables ? w->levels : scratch); /* without tables never used, but 16 floats are read */
+    __m128i shift = _mm_cvtsi64_si128(w->float_shift);
+    int64_t group = group_of(w), whole = w->k / 16 * 16;
+    if (whole < w->k) row_levels(w, row, level);
     row_scales(w, row, scale, zero);
-    int64_t group = group_of(w), c = 0;
-    sixteen total = none(), sum = none();
-    for (int64_t a = 0; a < w->k; c++, a += group) {
-        int64_t i = a, b = least(a + group, w->k);
-        if (group == 16 && a + 32 <= w->k) b = a + 32; /* two groups in one load */
-        for (; i + 32 <= b; i += 32) {
-            __m128i bytes = _mm_loadu_si128((const __m128i *)(p + i / 2));
-            __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-            sum = add_products(sum, _mm_unpacklo_epi8(low, high), t, x + i);
-            if (group == 16) {
-                total = add_scaled(total, sum, scale[c]);
-                rest -= scale[c] * zero[c] * sums[c];
-                sum = none(), c++, a += 16;
+    sixteen total = none();
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
+        int64_t i = a, b = least(a + group, w->k), end = least(b, whole);
+        sixteen sum = none();
+        if (kind == BITS_4)
+            for (; i + 32 <= end; i += 32) { /* two vectors from one load */
+                __m128i bytes = _mm_loadu_si128((const __m128i *)(p[0] + i / 2)), mask = _mm_set1_epi8(15);
+                __m128i even = _mm_and_si128(bytes, mask), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+                sum = add_product(sum, looked_up(_mm_unpacklo_epi8(even, odd), t), x + i);
+                sum = add_product(sum, looked_up(_mm_unpackhi_epi8(even, odd), t), x + i + 16);
             }
-            sum = add_products(sum, _mm_unpackhi_epi8(low, high), t, x + i + 16);
-        }
-        total = add_scaled(total, sum, scale[c]);
-        sum = none();
+        for (; i < end; i += 16) sum = add_product(sum, sixteen_levels(kind, p, i, t, shift), x + i);
+        total = add_scaled(total, sum, scale[c] * factor);
         float tail = 0;
-        for (; i < b; i++) tail += w->levels[p[i / 2] >> i % 2 * 4 & 15] * x[i];
+        for (; i < b; i++) tail += level[i] * x[i];
         rest += scale[c] * (tail - zero[c] * sums[c]);
     }
     return added(total) + rest;
 }
+
+static float fused_row(enum fused kind, const struct weight *w, int64_t row, const float *x, float *scratch, const float *sums) {
+    switch (kind) {
+    case BITS_1: return fused_dot(BITS_1, w, row, x, scratch, sums);
+    case BITS_2: return fused_dot(BITS_2, w, row, x, scratch, sums);
+    case BITS_3: return fused_dot(BITS_3, w, row, x, scratch, sums);
+    case BITS_4: return fused_dot(BITS_4, w, row, x, scratch, sums);
+    case SIGNED_BYTES: return fused_dot(SIGNED_BYTES, w, row, x, scratch, sums);
+    default: return fused_dot(FLOAT_BYTES, w, row, x, scratch, sums);
+    }
+}
 #else
-static int takes_nibbles(const struct weight *w) { return (void)w, 0; }
-static float nibble_dot(const struct weight *w, int64_t row, const float *x, float *scratch, const float *sums) {
-    return (void)w, (void)row, (void)x, (void)scratch, (void)sums, 0;
+static enum fused fused_kind(const struct weight *w) { return (void)w, NOT_FUSED; }
+static float fused_row(enum fused kind, const struct weight *w, int64_t row, const float *x, float *scratch, const float *sums) {
+    return (void)kind, (void)w, (void)row, (void)x, (void)scratch, (void)sums, 0;
 }
 #endif
 
@@ -356,12 +403,12 @@ void lowbit_linear(const struct weight *w, int64_t m, const float *x, float *y, 
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t t = 0; t < threads; t++) {
         float *mine = scratch + t * size, *sums = scales_of(w, mine) + 2 * w->scale_columns;
-        int nibbles_only = m == 1 && takes_nibbles(w);
-        if (nibbles_only && w->zero) group_sums(w, x, sums);
-        if (nibbles_only && !w->zero) memset(sums, 0, (size_t)w->scale_columns * 4);
+        enum fused kind = m == 1 ? fused_kind(w) : NOT_FUSED;
+        if (kind != NOT_FUSED && w->zero) group_sums(w, x, sums);
+        if (kind != NOT_FUSED && !w->zero) memset(sums, 0, (size_t)w->scale_columns * 4);
         for (int64_t row = t * step; row < least((t + 1) * step, w->n); row++) {
             if (m == 1) {
-                y[row] = nibbles_only ? nibble_dot(w, row, x, mine, sums) : row_dot(w, row, x, mine);
+                y[row] = kind != NOT_FUSED ? fused_row(kind, w, row, x, mine, sums) : row_dot(w, row, x, mine);
                 continue;
             }
             decode_row(w, row, mine);

@@ -139,14 +139,9 @@ def _describe(fmt: Format, planes: Mapping[str, Tensor], n: int, k: int) -> tupl
         w.codes[i], w.width[i] = address(planes[name]), width
         w.stride[i] = keep[-1].shape[1]
     w.by_byte = int(len(fmt.code_planes) == 1)
-    if "codebook" in planes:
-        levels = planes["codebook"].float()
-        w.levels = address(levels)
-        w.table = address(_by_byte(fmt.element, levels)) if w.by_byte else w.levels
-    elif not _converted(fmt.element):
-        levels, table = _fixed_tables(fmt.element)
-        w.levels = address(levels)
-        w.table = address(table) if w.by_byte else w.levels
+    if not _converted(fmt.element):
+        levels, table = _tables(fmt.element, planes["codebook"]) if "codebook" in planes else _fixed(fmt.element)
+        w.levels, w.table = address(levels), address(table)
     if isinstance(fmt.element, FloatElement) and fmt.element.bits == 8:
         w.float_shift, w.float_scale = 10 - fmt.element.mantissa_bits, 2.0 ** (15 - fmt.element.bias)
     scale, plane = planes["scale"], fmt.plane("scale")
@@ -176,10 +171,17 @@ def _converted(element: Element) -> bool:
 
 
 @cache
-def _fixed_tables(element: Element) -> tuple[Tensor, Tensor]:
-    """The level of every code, and the levels of every byte, of an element without a codebook."""
-    levels = element.decode(torch.arange(1 << element.bits, dtype=torch.uint8).unsqueeze(1), {}).flatten()
-    return levels, _by_byte(element, levels) if len(element.code_planes) == 1 else levels
+def _fixed(element: Element) -> tuple[Tensor, Tensor]:
+    """`_tables` of an element without a codebook."""
+    return _tables(element, element.decode(torch.arange(1 << element.bits, dtype=torch.uint8).unsqueeze(1), {}))
+
+
+def _tables(element: Element, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The level of every code, padded to the 16 entries that a vector register holds, and the table that is indexed:
+    by byte where a byte holds whole codes, else the levels."""
+    flat = levels.float().flatten()
+    padded = torch.nn.functional.pad(flat, (0, max(0, 16 - flat.numel())))
+    return padded, _by_byte(element, flat) if len(element.code_planes) == 1 else padded
 
 
 def _by_byte(element: Element, levels: Tensor) -> Tensor:
