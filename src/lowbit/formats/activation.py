@@ -48,34 +48,41 @@ class Activation:
         """Whether scales vary along K and have to be applied inside the matmul."""
         return self.scale_tile[1] is not None and not isinstance(self.format, (MXFormat, NVFP4Format))
 
-    def quantize(self, x: Tensor, static_scale: Tensor | None = None) -> Planes:
-        """Planes of `x (M, K)`; `static_scale` fp32 `(1, 1)` replaces the tensor-wide scale found from `x`."""
+    def params(self, x: Tensor, static_scale: Tensor | None = None) -> Planes:
+        """The scale planes for `x (M, K)`; `static_scale` fp32 `(1, 1)` replaces the tensor-wide scale found from `x`.
+
+        Raises:
+            ValueError: the activation is static and its scale is missing.
+        """
         if not self.static:
-            return self.format.quantize(x, check_finite=False)
+            return self.format.choose_params(x)
         if static_scale is None:
             raise ValueError(
                 f"{self.spec}: a static activation needs its calibrated scale; run lowbit.calibrate first"
                 + see("missing-calibration")
             )
         if isinstance(self.format, NVFP4Format):
-            params = self.format.choose_params(x, outer_scale=static_scale.view(1, 1))
-        else:
-            params = {"scale": static_scale.view(1, 1)}
-        return self.format.quantize(x, params, check_finite=False)
+            return self.format.choose_params(x, outer_scale=static_scale.view(1, 1))
+        return {"scale": static_scale.view(1, 1)}
+
+    def quantize(self, x: Tensor, static_scale: Tensor | None = None) -> Planes:
+        """Planes of `x (M, K)`."""
+        return self.format.quantize(x, self.params(x, static_scale), check_finite=False)
 
     def split(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`operand (M, K)` bf16 and `row_scale (M or 1, 1)` fp32 with `x ~ operand * row_scale`.
 
-        For grouped scales the second is `(M, ceil(K / group))`, to be applied group by group.
+        For grouped scales the second is `(M, ceil(K / group))`, to be applied group by group. The codes are never
+        packed: what an operand needs is their levels.
         """
-        fmt, (m, k) = self.format, x.shape
-        planes = self.quantize(x, static_scale)
-        if "outer_scale" in planes or isinstance(fmt, MXFormat):
-            outer = planes.get("outer_scale", torch.ones(1, 1, device=x.device))
-            inner = planes | {"outer_scale": torch.ones_like(outer)} if "outer_scale" in planes else planes
-            return fmt.dequantize(inner, m, k, torch.bfloat16), outer
-        unit = planes | {"scale": torch.ones_like(planes["scale"])}
-        return fmt.dequantize(unit, m, k, torch.bfloat16), planes["scale"].float()
+        fmt, params = self.format, self.params(x, static_scale)
+        levels = fmt.levels(fmt.encode(x.float(), params), params, x.shape[1])
+        if not isinstance(fmt, (MXFormat, NVFP4Format)):
+            return levels.to(torch.bfloat16), params["scale"].float()
+        one = torch.ones(1, 1, dtype=torch.float32, device=x.device)
+        outer = params.get("outer_scale", one)
+        inner = params | {"outer_scale": one} if "outer_scale" in params else params
+        return fmt.scaled(levels, inner).to(torch.bfloat16), outer
 
 
 @cache

@@ -175,7 +175,7 @@ class Format(ABC):
         params = self.choose_params(w) if params is None else params
         out = {p.name: torch.empty(p.shape_for(*w.shape), dtype=p.dtype, device=w.device) for p in self.code_planes}
         for rows in self._row_chunks(*w.shape):
-            codes = self._encode(w[rows].float(), self.take_rows(params, rows))
+            codes = self.encode(w[rows].float(), self.take_rows(params, rows))
             for name, plane in self.element.pack(codes).items():
                 out[name][rows].view(torch.uint8).copy_(plane.view(torch.uint8))
         return out | {p.name: params[p.name] for p in self.scale_planes}
@@ -183,11 +183,28 @@ class Format(ABC):
     def dequantize(self, planes: Mapping[str, Tensor], n: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights `(n, k)` that the planes stand for, computed in fp32 and rounded once to `dtype`."""
         codes = self.element.unpack(planes, -(-k // self.element.vector))
+        return self.scaled(self.levels(codes, planes, k), planes).to(dtype)
+
+    def encode(self, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """uint8 codes `(N, ceil(K / vector))` of `w (N, K)` fp32 under the scale planes `params`."""
+        scale, tile = self.effective_scale(params)
+        x = self._tiled(torch.div, w, scale, tile)
+        if "zero_point" in params:
+            zp = self.plane("zero_point")
+            x = self._tiled(torch.add, x.round_(), params["zero_point"].float(), zp.tile)
+        return self.element.encode(x, params)
+
+    def levels(self, codes: Tensor, planes: Mapping[str, Tensor], k: int) -> Tensor:
+        """fp32 `(N, k)`: level - zero point of uint8 codes, what is left to be multiplied by the scale."""
         values = self.element.decode(codes, planes)[:, :k]
-        if "zero_point" in planes:
-            values = self._tiled(torch.sub, values, planes["zero_point"].float(), self.plane("zero_point").tile)
+        if "zero_point" not in planes:
+            return values
+        return self._tiled(torch.sub, values, planes["zero_point"].float(), self.plane("zero_point").tile)
+
+    def scaled(self, levels: Tensor, planes: Mapping[str, Tensor]) -> Tensor:
+        """`levels` fp32 `(n, k)` times the effective scale of each tile."""
         scale, tile = self.effective_scale(planes)
-        return self._tiled(torch.mul, values, scale, tile).to(dtype)
+        return self._tiled(torch.mul, levels, scale, tile)
 
     @cached_property
     def code_planes(self) -> tuple[Plane, ...]:
@@ -227,14 +244,6 @@ class Format(ABC):
     def _row_chunks(self, n: int, k: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // max(k, 1) // self.tile[0]) * self.tile[0]
         return (slice(i, min(i + step, n)) for i in range(0, n, step))
-
-    def _encode(self, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        scale, tile = self.effective_scale(params)
-        x = self._tiled(torch.div, w, scale, tile)
-        if "zero_point" in params:
-            zp = self.plane("zero_point")
-            x = self._tiled(torch.add, x.round_(), params["zero_point"].float(), zp.tile)
-        return self.element.encode(x, params)
 
     @staticmethod
     def _tiled(op: Callable[[Tensor, Tensor], Tensor], w: Tensor, s: Tensor, tile: Tile) -> Tensor:
