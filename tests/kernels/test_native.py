@@ -25,9 +25,9 @@ def decoded(fmt: Format, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight, keep = native._describe(fmt, w.planes, n, k)
     library = native._library()
     assert isinstance(library, ctypes.CDLL), library
-    out, size = torch.full((n, k), float("nan")), k + 16 + 2 * w.planes["scale"].shape[1]
+    out, size = torch.full((n, k), float("nan")), k + 16 + 3 * w.planes["scale"].shape[1]
     scratch = torch.empty(2 * size)
-    library.lowbit_dequantize(ctypes.byref(weight), 0, n, out.data_ptr(), scratch.data_ptr(), size, 2)
+    library.lowbit_dequantize(ctypes.byref(weight), 0, n, out.data_ptr(), 0, scratch.data_ptr(), size, 2)
     del keep
     return out, w.dequantize(torch.float32)
 
@@ -56,6 +56,23 @@ def test_products(fmt: Format, m: int) -> None:
     with use_kernel("cpu_native"):
         y = F.linear(x, w)
     assert sqnr_db(expected, y) > 110
+
+
+@needs_compiler
+@each_format
+@pytest.mark.parametrize("hardware", [True, False], ids=["bf16 units", "none"])
+def test_many_bf16_tokens(fmt: Format, hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without bf16 instructions: the emulated product rounds the same."""
+    monkeypatch.setattr(native, "_multiplies_bf16", lambda: hardware)
+    w = quantized(fmt, 130, 200, torch.bfloat16)
+    x = torch.randn(33, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bias = torch.randn(130, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with use_kernel("reference"):
+        expected = F.linear(x.double().float(), w, bias.float())
+    with use_kernel("cpu_native"):
+        y = F.linear(x, w, bias)
+    assert y.dtype == torch.bfloat16
+    assert sqnr_db(expected, y) > (50 if hardware else 54)
 
 
 def run(code: str, **env: str) -> str:

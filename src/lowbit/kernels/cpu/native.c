@@ -37,7 +37,7 @@ struct weight {
     const uint8_t *zero;          /* zero points, tiled like the scale, or null */
 };
 
-static inline float bf16(uint16_t h) {
+static inline float from_bf16(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float f;
     memcpy(&f, &bits, 4);
@@ -49,7 +49,7 @@ static void row_scales(const struct weight *w, int64_t row, float *restrict scal
     int64_t columns = w->scale_columns, at = (w->scale_n ? row / w->scale_n : 0) * columns;
     for (int64_t c = 0; c < columns; c++)
         scale[c] = w->scale_kind == 0   ? ((const float *)w->scale)[at + c]
-                   : w->scale_kind == 1 ? bf16(((const uint16_t *)w->scale)[at + c])
+                   : w->scale_kind == 1 ? from_bf16(((const uint16_t *)w->scale)[at + c])
                                         : w->scale_table[((const uint8_t *)w->scale)[at + c]];
     if (w->outer && !w->outer_k)
         for (int64_t c = 0; c < columns; c++) scale[c] *= w->outer[0];
@@ -417,16 +417,27 @@ void lowbit_linear(const struct weight *w, int64_t m, const float *x, float *y, 
     }
 }
 
-/* Rows [start, stop) of the weight in fp32 to `out`, whose rows are k apart. */
-void lowbit_dequantize(const struct weight *w, int64_t start, int64_t stop, float *out, float *scratch, int64_t size,
-                       int64_t threads) {
+/* `count` floats rounded to nearest even bf16. */
+static void to_bf16(const float *restrict in, uint16_t *restrict out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, in + i, 4);
+        out[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+/* Rows [start, stop) of the weight to `out`, whose rows are k apart, in bf16 or fp32. */
+void lowbit_dequantize(const struct weight *w, int64_t start, int64_t stop, void *out, int64_t bf16, float *scratch,
+                       int64_t size, int64_t threads) {
     int64_t step = (stop - start + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t t = 0; t < threads; t++) {
         float *mine = scratch + t * size;
         for (int64_t row = start + t * step; row < least(start + (t + 1) * step, stop); row++) {
             decode_row(w, row, mine);
-            memcpy(out + (row - start) * w->k, mine, (size_t)w->k * 4);
+            int64_t at = (row - start) * w->k;
+            if (bf16) to_bf16(mine, (uint16_t *)out + at, w->k);
+            else memcpy((float *)out + at, mine, (size_t)w->k * 4);
         }
     }
 }

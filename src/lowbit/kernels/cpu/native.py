@@ -66,7 +66,7 @@ def _library() -> ctypes.CDLL | str:
         return f"{compiler} could not build native.c: {str(detail).strip().splitlines()[-1]}"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.lowbit_linear.argtypes = (pointer, integer, pointer, pointer, pointer, integer, integer)
-    library.lowbit_dequantize.argtypes = (pointer, integer, integer, pointer, pointer, integer, integer)
+    library.lowbit_dequantize.argtypes = (pointer, integer, integer, pointer, integer, pointer, integer, integer)
     library.lowbit_linear.restype = library.lowbit_dequantize.restype = None
     return library
 
@@ -99,12 +99,18 @@ def _cpu() -> str:
 def native(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """`x (M, K)` times the weight `(N, K)` with fp32 arithmetic; at most one block of rows is ever decoded."""
+    """`x (M, K)` times the weight `(N, K)`; at most one block of rows is ever decoded.
+
+    Arithmetic is fp32; many bf16 tokens on a CPU that multiplies bf16 meet weights rounded to bf16.
+    """
     library = _library()
     assert isinstance(library, ctypes.CDLL)
     operand, row_scale = split_input(x, problem.activation, act_scale)
     (m, k), n, threads = x.shape, problem.n, torch.get_num_threads()
-    y = torch.empty(m, n)
+    bf16 = m > MAX_FUSED_TOKENS and problem.dtype == torch.bfloat16 and _multiplies_bf16()
+    bf16 = bf16 and not (problem.activation and problem.activation.grouped)  # such operands are not exact in bf16
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    operand, y = operand.to(dtype), torch.empty(m, n, dtype=dtype)
     weight, keep = _describe(problem.weight, planes, n, k)
     size = k + 16 + 3 * planes["scale"].shape[1]
     scratch = torch.empty(threads * size)
@@ -113,15 +119,22 @@ def native(
         library.lowbit_linear(ctypes.byref(weight), m, operand.data_ptr(), y.data_ptr(), *pool)
     else:
         for start, stop in row_blocks(problem.weight, n, k, BLOCK_ELEMENTS):
-            w = torch.empty(stop - start, k)
-            library.lowbit_dequantize(ctypes.byref(weight), start, stop, w.data_ptr(), *pool)
+            w = torch.empty(stop - start, k, dtype=dtype)
+            library.lowbit_dequantize(ctypes.byref(weight), start, stop, w.data_ptr(), int(bf16), *pool)
             torch.mm(operand, w.T, out=y[:, start:stop])
     del keep
     if row_scale is not None:
-        y *= row_scale
+        y = y * row_scale
     if bias is not None:
-        y += bias
+        y = y + bias
     return y.to(problem.dtype)
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bf16 products; emulated ones are slower than fp32."""
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported() for supported in known if supported is not None)
 
 
 def _describe(fmt: Format, planes: Mapping[str, Tensor], n: int, k: int) -> tuple[_Weight, list[Tensor]]:
