@@ -107,15 +107,16 @@ def native(
     assert isinstance(library, ctypes.CDLL)
     operand, row_scale = split_input(x, problem.activation, act_scale)
     (m, k), n, threads = x.shape, problem.n, torch.get_num_threads()
-    bf16 = m > MAX_FUSED_TOKENS and problem.dtype == torch.bfloat16 and _multiplies_bf16()
-    bf16 = bf16 and not (problem.activation and problem.activation.grouped)  # such operands are not exact in bf16
+    # Not for quantized activations: their row scale is still to come, and the product would be rounded twice.
+    few, plain = m <= MAX_FUSED_TOKENS, problem.activation is None
+    bf16 = plain and not few and problem.dtype == torch.bfloat16 and _multiplies_bf16()
     dtype = torch.bfloat16 if bf16 else torch.float32
     operand, y = operand.to(dtype), torch.empty(m, n, dtype=dtype)
     weight, keep = _describe(problem.weight, planes, n, k)
     size = k + 16 + 3 * planes["scale"].shape[1]
     scratch = torch.empty(threads * size)
     pool = (scratch.data_ptr(), size, threads)
-    if m <= MAX_FUSED_TOKENS:
+    if few:
         library.lowbit_linear(ctypes.byref(weight), m, operand.data_ptr(), y.data_ptr(), *pool)
     else:
         for start, stop in row_blocks(problem.weight, n, k, BLOCK_ELEMENTS):
