@@ -157,6 +157,7 @@ def rank_main(rank: int, specs: list[str], folder: str) -> None:
             except (Exception, pytest.fail.Exception):
                 notes[f"{spec} {name}"] = traceback.format_exc()
     Path(folder, f"rank{rank}.json").write_text(json.dumps(notes))
+    dist.barrier()
     dist.destroy_process_group()
 
 

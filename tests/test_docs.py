@@ -112,7 +112,14 @@ def run_program(block: Block, directory: Path) -> str:
     program.write_text(block.text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+    done = run()
+    if "terminate called without an active exception" in done.stderr:
+        # Seen once in dozens of runs: at exit, after the last line, a thread of torch's gloo backend was still there.
+        done = run()
     assert done.returncode == 0, done.stderr
     return done.stdout
 
