@@ -2,15 +2,16 @@
 // canonical planes. bf16 activations, mma.sync m16n8k16, fp32 accumulation in a fixed order.
 //
 // Rows of W are the m16 side of the tensor-core tile, tokens the n8 side. The order of K inside a product is free, so
-// each lane loads 16 consecutive bytes of its row (a chunk) and feeds them to consecutive MMAs; the
-// activations are read at the same places. No weight is ever shuffled, which is why no packed layout is needed.
+// each lane loads 16 consecutive bytes of its row (a chunk) and feeds them to consecutive MMAs; the activations are read
+// at the same places. No weight is ever shuffled, which is why no packed layout is needed.
 //
 // Codes are decoded eight at a time (an octet) into four bf16 pairs, always of the codes (j, j + 4): that pairing is
 // what one shift and one mask give for 4-bit codes, and every other width is brought to it.
 //
 // Compiled with -D, which small_m.py derives from a format's declarations: BITS per code, KIND, MANTISSA, RESCALE,
 // TABLE_FP32; SCALE_MODE, SCALE_TYPE, GROUP (weights per scale along K), SCALE_N (along N), ZERO, OUTER_K (-1: no outer
-// scale, 0: one for the tensor, else weights per outer scale), OFFSET; TOKEN_TILES, MIN_BLOCKS.
+// scale, 0: one for the tensor, else weights per outer scale), OFFSET; TOKEN_TILES (of 8), ROW_TILES (of 16), MIN_BLOCKS
+// (resident per multiprocessor).
 
 #define INT 0     // level = code - offset
 #define FLOAT 1   // small float: MANTISSA bits of fraction, value = bits * 2^RESCALE as a bf16
@@ -38,7 +39,7 @@ constexpr int VECTOR_SIZE = KIND == VECTOR ? 2 : 1;
 constexpr int MAIN = BITS == 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1;
 constexpr int CHUNK = 128 / MAIN * VECTOR_SIZE;  // weights a lane takes at once
 constexpr int OCTETS = CHUNK / 8;
-constexpr int STEP = 4 * CHUNK;  // weights of one row that a warp takes at once
+constexpr int STEP = 4 * CHUNK;        // weights of one row that a warp takes at once
 constexpr int HALVES = 2 * ROW_TILES;  // rows of a lane: lane / 4 + 8 h
 constexpr int ROWS = 8 * HALVES;       // of a block
 constexpr int UNROLL = (OCTETS >= 8 ? 2 : 4) / ROW_TILES;
