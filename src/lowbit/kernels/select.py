@@ -139,12 +139,17 @@ def _cpu_int8(p: Problem) -> str | None:
     return None
 
 
+def _small_m(p: Problem) -> str | None:
+    # Activations are quantized by a Triton kernel before this one runs.
+    return small_m.why_not(p) or (triton_missing() if p.act else None)
+
+
 def _native(p: Problem) -> str | None:
     return native.missing()
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", small_m.why_not),
+    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
