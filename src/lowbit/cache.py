@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 
+def cache_path() -> Path:
+    """`$LOWBIT_CACHE`, else `$XDG_CACHE_HOME/lowbit`, else `~/.cache/lowbit`. It need not exist."""
+    if own := os.environ.get("LOWBIT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+
+
 def cache_dir(*parts: str) -> Path:
-    """`$LOWBIT_CACHE`, or `lowbit` below `$XDG_CACHE_HOME` or `~/.cache`; made on demand, readable by the user only."""
-    base = os.environ.get("LOWBIT_CACHE")
-    if not base:
-        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lowbit")
-    path = Path(base, *parts)
+    """A folder below `cache_path()`, made on demand, readable by the user only."""
+    path = cache_path().joinpath(*parts)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path

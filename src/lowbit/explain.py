@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lowbit.configs import Scheme
 from lowbit.errors import see
-from lowbit.kernels.problem import Problem, UnsupportedError
+from lowbit.kernels.problem import Problem, UnsupportedError, arch_of
 from lowbit.kernels.select import select
 from lowbit.tensor import QuantizedTensor
 
@@ -76,7 +77,7 @@ def explain(model: nn.Module, tokens: Sequence[int] = TOKENS, dtype: torch.dtype
         if not isinstance(module, nn.Linear) or not isinstance(weight, QuantizedTensor):
             continue
         device = str(weight.device)
-        arch = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
+        arch = arch_of(weight.device)
         ranges: list[Range] = []
         for m in sorted(tokens):
             n, k, fmt = weight.out_features, weight.in_features, weight.format.spec
@@ -91,7 +92,7 @@ def explain(model: nn.Module, tokens: Sequence[int] = TOKENS, dtype: torch.dtype
                 ranges[-1] = Range(last.first, m, kernel, last.rejected)
             else:
                 ranges.append(Range(m, m, kernel, rejected))
-        scheme = f"{weight.act_spec}->{weight.format.spec}" if weight.act else weight.format.spec
+        scheme = Scheme(weight.format, weight.act).spec
         layers.append(LayerExplanation(name, n, k, scheme, weight.nbytes_packed, tuple(ranges)))
     if not layers:
         raise ValueError(

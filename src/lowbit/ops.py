@@ -19,7 +19,7 @@ from lowbit.formats.activation import parse_activation
 from lowbit.formats.base import Format, parse_format
 from lowbit.kernels import convolution
 from lowbit.kernels.convolution import Convolution
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Problem, arch_of
 from lowbit.kernels.select import select, select_gradient
 
 _LIB = torch.library.Library("lowbit", "DEF")
@@ -43,13 +43,9 @@ _LIB.define("dequantize(Tensor[] planes, str format, SymInt n, SymInt k, ScalarT
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _arch(t: Tensor) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(t.device) if t.is_cuda else None
-
-
 def problem_of(x: Tensor, m: int, n: int, k: int, spec: str, act: str) -> Problem:
     """The `Problem` that a call of `linear` poses."""
-    return Problem(m, n, k, spec, act, x.dtype, x.device.type, _arch(x))
+    return Problem(m, n, k, spec, act, x.dtype, x.device.type, arch_of(x.device))
 
 
 def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: Format, n: int, k: int) -> None:

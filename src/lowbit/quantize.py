@@ -243,7 +243,9 @@ def _quantize_weight(
     act_scale = None
     if item.act_scale is not None:
         act_scale = torch.full((1, 1), item.act_scale, dtype=torch.float32, device=w.device)
-    quantized = QuantizedTensor.from_float(w, item.scheme.weight, item.scheme.act, act_scale)
+    # Looked through already by `_refuse_nonfinite`, or repaired above.
+    weight_format, act = item.scheme
+    quantized = QuantizedTensor.from_float(w, weight_format, act, act_scale, check_finite=False)
     if not measure:
         return quantized, None
     return quantized, sqnr_db(w.reshape(w.shape[0], -1), quantized.planes, item.scheme.weight)
@@ -253,11 +255,9 @@ def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
     """Signal to quantization noise of `w (N, K)` in dB, 10 log10(sum w^2 / sum (w - w_q)^2), a few rows at a time."""
     n, k = w.shape
     signal = noise = 0.0
-    step = max(1, (1 << 20) // max(k, 1) // fmt.tile[0]) * fmt.tile[0]
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start, stop in fmt.row_blocks(n, k):
         rows = w[start:stop].float()
-        error = rows - fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)
+        error = rows - fmt.dequantize_rows(planes, start, stop, k)
         signal += float(rows.double().square().sum())
         noise += float(error.double().square().sum())
     if noise == 0.0:

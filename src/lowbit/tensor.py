@@ -100,15 +100,20 @@ class QuantizedTensor(Tensor):
         act: Activation | None = None,
         act_scale: Tensor | None = None,
         params: Planes | None = None,
+        *,
+        check_finite: bool = True,
     ) -> QuantizedTensor:
         """Quantize a float tensor of two or more dimensions; everything after the first counts as K.
+
+        `params` and `check_finite` are those of `Format.quantize`.
 
         Raises:
             ValueError: `w` has fewer than two dimensions, or holds NaN or Inf.
         """
         if w.dim() < 2:
             raise ValueError(f"{format.spec}: a weight has at least 2 dimensions, got shape {tuple(w.shape)}")
-        planes = format.quantize(w.detach().reshape(w.shape[0], math.prod(w.shape[1:])), params)
+        flat = w.detach().reshape(w.shape[0], math.prod(w.shape[1:]))
+        planes = format.quantize(flat, params, check_finite=check_finite)
         return cls(planes, format, w.shape, w.dtype, act, act_scale)
 
     # What it is made of --------------------------------------------------------------------------

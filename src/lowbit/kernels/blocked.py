@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,12 +13,6 @@ from lowbit.kernels.problem import Problem
 
 # fp32 weights of one block: 1 MiB stays in a CPU core's cache between being written and being read.
 BLOCK_ELEMENTS = 1 << 18
-
-
-def row_blocks(fmt: Format, n: int, k: int, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive rows, on tile boundaries, of about `elements` weights each."""
-    step = max(1, elements // max(k, 1) // fmt.tile[0]) * fmt.tile[0]
-    return ((i, min(i + step, n)) for i in range(0, n, step))
 
 
 def split_input(x: Tensor, act: Activation | None, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -38,8 +32,8 @@ def blocked(
     fmt, (m, k), n = problem.weight, x.shape, problem.n
     operand, row_scale = split_input(x, problem.activation, act_scale)
     y = torch.empty(m, n, dtype=torch.float32, device=x.device)
-    for start, stop in row_blocks(fmt, n, k):
-        w = fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)
+    for start, stop in fmt.row_blocks(n, k, BLOCK_ELEMENTS):
+        w = fmt.dequantize_rows(planes, start, stop, k)
         torch.mm(operand, w.T, out=y[:, start:stop])
     if row_scale is not None:
         y *= row_scale
@@ -52,7 +46,7 @@ def blocked_dgrad(grad: Tensor, planes: Mapping[str, Tensor], fmt: Format, n: in
     """`grad (M, N) @ W (N, K)`: the gradient of the input, in fp32 accumulation, block by block."""
     out = torch.zeros(grad.shape[0], k, dtype=torch.float32, device=grad.device)
     elements = BLOCK_ELEMENTS if grad.device.type == "cpu" else 1 << 23
-    for start, stop in row_blocks(fmt, n, k, elements):
-        w = fmt.dequantize(fmt.slice_planes(planes, 0, start, stop), stop - start, k)
+    for start, stop in fmt.row_blocks(n, k, elements):
+        w = fmt.dequantize_rows(planes, start, stop, k)
         out.addmm_(grad[:, start:stop].float(), w)
     return out.to(grad.dtype)

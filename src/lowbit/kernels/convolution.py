@@ -40,7 +40,7 @@ def _blocks(
             b = min(a + step, (g + 1) * per_group)
             # Rows are taken from whole tiles of the format, then cut to the channels of this block.
             lo, hi = a // fmt.tile[0] * fmt.tile[0], min(-(-b // fmt.tile[0]) * fmt.tile[0], n)
-            w = fmt.dequantize(fmt.slice_planes(planes, 0, lo, hi), hi - lo, k, dtype)[a - lo : b - lo]
+            w = fmt.dequantize_rows(planes, lo, hi, k, dtype)[a - lo : b - lo]
             yield slice(g * c, (g + 1) * c), slice(a, b), w.view(b - a, c, kh, kw)
 
 

@@ -14,6 +14,11 @@ class UnsupportedError(NotImplementedError):
     """No kernel applies, or the one asked for does not; the message lists every kernel and its reason."""
 
 
+def arch_of(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability of a device; None for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class Problem:
     """One matmul `y (M, N) = x (M, K) @ W (N, K).T`, as far as the choice of a kernel depends on it."""

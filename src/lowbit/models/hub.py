@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit.cache import cache_path
 from lowbit.errors import see
 
 
@@ -26,7 +26,7 @@ class PackagedFile:
     @property
     def path(self) -> Path:
         """Where it is kept."""
-        return cache_dir() / Path(self.member).name
+        return cache_path() / Path(self.member).name
 
     def is_cached(self) -> bool:
         """Whether the kept file is there, of the right size and hash."""
@@ -41,13 +41,6 @@ DEMO_MODEL = PackagedFile(
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def cache_dir() -> Path:
-    """`$LOWBIT_CACHE`, else `$XDG_CACHE_HOME/lowbit`, else `~/.cache/lowbit`. It need not exist."""
-    if own := os.environ.get("LOWBIT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
 
 
 def demo_model() -> Path:

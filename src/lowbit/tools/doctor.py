@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowbit.calibrate import calibrate
 from lowbit.configs import Config
-from lowbit.kernels.problem import Problem, UnsupportedError
+from lowbit.kernels.problem import Problem, UnsupportedError, arch_of
 from lowbit.kernels.select import select
 from lowbit.quantize import quantize_
 from lowbit.specs import EXAMPLES, parse_config
@@ -142,10 +142,10 @@ def _sqnr_db(signal: Tensor, got: Tensor) -> float:
 
 def _kernel(config: Config, m: int, device: torch.device) -> str:
     scheme, (n, k) = config.scheme, _TYPICAL
-    arch = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     act = scheme.act.spec if scheme.act else ""
+    problem = Problem(m, n, k, scheme.weight.spec, act, torch.bfloat16, device.type, arch_of(device))
     try:
-        return select(Problem(m, n, k, scheme.weight.spec, act, torch.bfloat16, device.type, arch)).kernel.name
+        return select(problem).kernel.name
     except UnsupportedError:
         return "none"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit.cache import cache_dir
 from lowbit.formats.base import Format
 from lowbit.formats.elements import Element, FloatElement, IntElement
-from lowbit.kernels.blocked import row_blocks, split_input
+from lowbit.kernels.blocked import split_input
 from lowbit.kernels.problem import Problem
 
 # No contraction to fused multiply-adds in the decoder: weights come out bit-equal to `Format.dequantize`.
@@ -119,7 +119,7 @@ def native(
     if few:
         library.lowbit_linear(ctypes.byref(weight), m, operand.data_ptr(), y.data_ptr(), *pool)
     else:
-        for start, stop in row_blocks(problem.weight, n, k, BLOCK_ELEMENTS):
+        for start, stop in problem.weight.row_blocks(n, k, BLOCK_ELEMENTS):
             w = torch.empty(stop - start, k, dtype=dtype)
             library.lowbit_dequantize(ctypes.byref(weight), start, stop, w.data_ptr(), int(bf16), *pool)
             torch.mm(operand, w.T, out=y[:, start:stop])

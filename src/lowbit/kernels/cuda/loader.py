@@ -99,14 +99,13 @@ class CudaKernel:
             torch.cuda.current_stream()  # makes the primary context current
             module = _check(driver.cuModuleLoadData(code), "cuModuleLoadData")
             self.function = _check(driver.cuModuleGetFunction(module, kernel.encode()), "cuModuleGetFunction")
-        self.device = device
         self._launch = driver.cuLaunchKernel
 
     def __call__(self, grid: int, threads: int, arguments: ctypes.Structure) -> None:
-        """Launch on its device's current stream; `arguments` is the kernel's only parameter, passed by value."""
-        if torch.cuda.current_device() != self.device:
-            with torch.cuda.device(self.device):
-                return self(grid, threads, arguments)
+        """Launch on the current stream of the current device, which must be the kernel's.
+
+        `arguments` is the kernel's only parameter, passed by value.
+        """
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
         result = self._launch(self.function, grid, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)

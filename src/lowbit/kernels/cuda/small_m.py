@@ -15,6 +15,7 @@ from lowbit.formats.elements import FloatElement, IntElement, TableElement
 from lowbit.kernels.cuda import loader
 from lowbit.kernels.cuda.loader import Defines
 from lowbit.kernels.problem import Problem
+from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 MAX_TOKENS = 16
 THREADS = 256
@@ -137,7 +138,7 @@ def row_tiles_for(fmt: Format, m: int, n: int, device: torch.device) -> int:
     for codes of less than 8 bits where that leaves blocks enough for every multiprocessor."""
     if m > 8:
         return 2
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = multiprocessors(device)
     return 2 if fmt.element.bits // fmt.element.vector < 8 and n >= 32 * blocks else 1
 
 
@@ -185,7 +186,8 @@ def launch(
         # fp16 is widened; bf16 and fp32 are read as they are.
         a.bias = address(bias.float() if bias.dtype == torch.float16 else bias)
         a.bias_fp32 = int(bias.dtype != torch.bfloat16)
-    kernel(-(-n // (16 * row_tiles)), THREADS, a)
+    with on_device(x):
+        kernel(-(-n // (16 * row_tiles)), THREADS, a)
     return y
 
 
