@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from lowbit.kernels.cuda import loader, small_m
 from lowbit.kernels.problem import Problem
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install cuda-bindings nvidia-cuda-nvrtc")
-SOURCE = resources.files("lowbit.kernels.cuda").joinpath("small_m.cu").read_text()
+SOURCE = loader.read_source("small_m.cu")
 
 
 def compile_for(fmt: Format, arch: tuple[int, int], token_tiles: int = 1, row_tiles: int = 1) -> bytes:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import tempfile
 import threading
 from functools import cache
@@ -81,10 +82,24 @@ def compile_source(source: str, name: str, defines: Defines, arch: tuple[int, in
     return code
 
 
-class CudaKernel:
-    """One compiled kernel on one device."""
+def read_source(name: str) -> str:
+    """A source file of this folder with its `#include "..."` lines replaced by the files they name."""
+    folder = resources.files("lowbit.kernels.cuda")
+    text = folder.joinpath(name).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda m: folder.joinpath(m[1]).read_text(), text, flags=re.MULTILINE)
 
-    def __init__(self, source_name: str, kernel: str, defines: Defines, device: int) -> None:
+
+class CudaKernel:
+    """One compiled kernel on one device.
+
+    Args:
+        prelude: code put before the source.
+        shared: dynamic shared memory per block, in bytes.
+    """
+
+    def __init__(
+        self, source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "", shared: int = 0
+    ) -> None:
         from cuda.bindings import driver
 
         if torch.cuda.is_current_stream_capturing():
@@ -92,32 +107,51 @@ class CudaKernel:
                 f"{kernel} is not compiled yet and the stream is being captured; run the layer once with this number "
                 "of tokens before capturing a CUDA graph" + see("no-kernel")
             )
-        source = resources.files("lowbit.kernels.cuda").joinpath(source_name).read_text()
+        source = prelude + read_source(source_name)
         arch = torch.cuda.get_device_capability(device)
         code = compile_source(source, source_name.removesuffix(".cu"), defines, arch)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the primary context current
             module = _check(driver.cuModuleLoadData(code), "cuModuleLoadData")
             self.function = _check(driver.cuModuleGetFunction(module, kernel.encode()), "cuModuleGetFunction")
-        self._launch = driver.cuLaunchKernel
+            if shared > 48 << 10:
+                limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _check(driver.cuFuncSetAttribute(self.function, limit, shared), "cuFuncSetAttribute")
+        self._shared = shared
+        self._driver = driver
 
-    def __call__(self, grid: int, threads: int, arguments: ctypes.Structure) -> None:
+    def __call__(self, grid: int, threads: int, *arguments: Any, early: bool = False) -> None:
         """Launch on the current stream of the current device, which must be the kernel's.
 
-        `arguments` is the kernel's only parameter, passed by value.
+        Args:
+            arguments: ctypes objects, the kernel's parameters, passed by value.
+            early: the kernel may start before the one before it on the stream has ended; it waits for it itself
+                (programmatic dependent launch).
         """
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        driver = self._driver
+        parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = torch.cuda.current_stream().cuda_stream
-        result = self._launch(self.function, grid, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
-        _check(result, "cuLaunchKernel")
+        if not early:
+            where = ctypes.addressof(parameters)
+            launched = driver.cuLaunchKernel(self.function, grid, 1, 1, threads, 1, 1, self._shared, stream, where, 0)
+            _check(launched, "cuLaunchKernel")
+            return
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = self._shared, driver.CUstream(stream)
+        config.attrs, config.numAttrs = [attribute], 1
+        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(parameters), 0), "cuLaunchKernelEx")
 
 
-def load(source_name: str, kernel: str, defines: Defines, device: int) -> CudaKernel:
+def load(
+    source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "", shared: int = 0
+) -> CudaKernel:
     """The kernel compiled with `defines`, once per process and device; safe to call from several threads."""
     with _lock:
-        return _load(source_name, kernel, defines, device)
+        return _load(source_name, kernel, defines, device, prelude, shared)
 
 
-@cache
-def _load(source_name: str, kernel: str, defines: Defines, device: int) -> CudaKernel:
-    return CudaKernel(source_name, kernel, defines, device)
+_load = cache(CudaKernel)

@@ -161,6 +161,16 @@ def launch(
     y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
     row_tiles = row_tiles or row_tiles_for(fmt, m, n, x.device)
     kernel = _kernel(fmt, 1 if m <= 8 else 2, row_tiles, x.device.index)
+    a, keep = arguments(x, y, planes, fmt, bias, row_scale)
+    with on_device(x):
+        kernel(-(-n // (16 * row_tiles)), THREADS, a)
+    return y
+
+
+def arguments(
+    x: Tensor, y: Tensor, planes: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, row_scale: Tensor | None
+) -> tuple[_Arguments, list[Tensor]]:
+    """`struct Arguments` for `x (M, K)` and `y (M, N)`, and the tensors that must live until the launch."""
     x = _aligned(x)
     keep = [x]
 
@@ -170,7 +180,7 @@ def launch(
         keep.append(t.contiguous())
         return keep[-1].data_ptr()
 
-    a = _Arguments(x=x.data_ptr(), y=y.data_ptr(), m=m, n=n, k=k)
+    a = _Arguments(x=x.data_ptr(), y=y.data_ptr(), m=x.shape[0], n=y.shape[1], k=x.shape[1])
     for i, (name, width, _) in enumerate(fmt.element.code_planes):
         field = "" if i == 0 else str(width)
         keep.append(_aligned(planes[name]))
@@ -186,9 +196,7 @@ def launch(
         # fp16 is widened; bf16 and fp32 are read as they are.
         a.bias = address(bias.float() if bias.dtype == torch.float16 else bias)
         a.bias_fp32 = int(bias.dtype != torch.bfloat16)
-    with on_device(x):
-        kernel(-(-n // (16 * row_tiles)), THREADS, a)
-    return y
+    return a, keep
 
 
 @cache
