@@ -18,7 +18,8 @@ from lowbit.models.tokenizer import load_tokenizer
 from lowbit.specs import EXAMPLES
 from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
 
-COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "doctor")
+COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "doctor",
+            "bench linear")  # fmt: skip
 SMALL = ("--tokens", "100", "--window", "50")
 
 
@@ -240,6 +241,51 @@ def test_the_demo_says_what_its_own_model_flatters(model, tmp_path, monkeypatch)
     assert "4-bit grid" in out.read_text()
 
 
+# bench -------------------------------------------------------------------------------------------
+
+BENCH = ("bench", "linear", "--device", "cpu", "--peers", "none")
+
+
+def test_bench_linear(tmp_path, monkeypatch):
+    from lowbit.tools import timing
+    from lowbit.tools.bench_rows import read_rows
+
+    monkeypatch.setattr(timing, "MOST_COPIES", 3)
+    out, plot = tmp_path / "deep" / "linear.json", tmp_path / "linear.svg"
+    words = (*BENCH, "-l", "64x256,96x128", "-f", "int4:g128", "-f", "int8dq", "-m", "1,3")
+    shown = run(*words, "--out", out, "--plot", plot).stdout
+    lines = [line.split() for line in shown.splitlines() if line.startswith(("64x256", "96x128"))]
+    assert [line[:3] for line in lines] == [
+        [layer, scheme, m] for layer in ("64x256", "96x128") for scheme in ("int4:g128", "int8:row+int8:row")
+        for m in "13"
+    ]  # fmt: skip
+    assert "64x256" in plot.read_text()
+    saved = json.loads(out.read_text())
+    assert saved["left_out"] == saved["not_installed"] == []
+    assert saved["torch"] == torch.__version__
+    assert len(read_rows(out)) == 8
+    got = document(*words)
+    assert [r["provider"] for r in got["records"]] == ["bf16", "lowbit"] * 8
+    assert set(got) == set(saved)
+
+
+def test_bench_says_what_it_left_out(tmp_path):
+    out = tmp_path / "linear.json"
+    result = run(*BENCH, "-l", "64x256", "-f", "int4:g128", "-m", "1,2", "--seconds", -1, "--out", out)
+    assert result.stderr.splitlines() == [f"left out, -1 s are spent: 64x256 int4:g128 M = {m}" for m in (1, 2)]
+    assert [x["m"] for x in json.loads(out.read_text())["left_out"]] == [1, 2]
+
+
+def test_bench_fails_where_lowbit_is_wrong(monkeypatch):
+    """A row whose result misses the accuracy of its format is no success, however fast."""
+    from lowbit.tools import bench_linear, timing
+
+    monkeypatch.setattr(timing, "MOST_COPIES", 3)
+    monkeypatch.setattr(bench_linear, "sqnr_db", lambda exact, got: 20.0)
+    shown = run(*BENCH, "-l", "64x256", "-f", "int8:row", "-m", "1", code=1).stdout
+    assert "20.0 dB, int8:row allows no less than 46.0 dB" in shown
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -264,6 +310,13 @@ def test_the_demo_says_what_its_own_model_flatters(model, tmp_path, monkeypatch)
         (("explain", "MODEL"), "--config"),
         (("explain", "QUANTIZED", "-c", "int8wo"), "quantized already"),
         (("demo", "--model", "QUANTIZED"), "quantized already"),
+        ((*BENCH, "-l", "up"), "NxK"),
+        ((*BENCH, "-f", "int9"), "unknown config"),
+        ((*BENCH, "-f", "float8sq"), "static"),
+        ((*BENCH, "-m", "0"), "--tokens"),
+        ((*BENCH, "-m", ","), "at least one"),
+        ((*BENCH, "--plot", "OUT"), "--plot"),
+        (("bench", "linear", "--peers", "cutlass"), "known are torchao"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_code_2(words, message, model, quantized, tmp_path):
@@ -303,8 +356,8 @@ def test_usage_errors_are_code_2():
 def test_every_command_has_help():
     shown = run("--help").stdout
     for name in COMMANDS:
-        assert name in shown
-        assert run(name, "--help").stdout.count("--json") == 1
+        assert name.split()[0] in shown
+        assert run(*name.split(), "--help").stdout.count("--json") == 1
     assert lowbit.__version__ in run("--version").stdout
 
 

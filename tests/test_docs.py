@@ -177,9 +177,13 @@ def write_model(directory: Path) -> None:
 
 def check_names(words: list[str]) -> None:
     """A command that is not run: the subcommand exists, and so does every option."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert words[0] in commands, words
-    options = {o for p in commands[words[0]].params for o in p.opts}
+    command = typer.main.get_command(app)
+    for name in words:
+        if not hasattr(command, "commands"):
+            break
+        assert name in command.commands, words
+        command = command.commands[name]
+    options = {o for p in command.params for o in p.opts}
     assert {w for w in words if re.match("--?[a-z]", w)} <= options, words
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from lowbit.cli import language, machine, weights
+from lowbit.cli.bench import bench
 
 app = typer.Typer(
     name="lowbit",
@@ -41,3 +42,4 @@ for function in (
     weights.explain, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)
+app.add_typer(bench, name="bench")
