@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,8 @@ from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
 from lowbit.kernels.problem import Problem
 from lowbit.kernels.select import select, use_kernel
+from lowbit.tools.doctor import sqnr_db
+from lowbit.tools.timing import copies_for, median_us
 
 LAYERS = {"gate_up": (28672, 4096), "o": (4096, 4096)}
 TOKENS = (1, 16, 128, 1024)
@@ -40,41 +41,13 @@ FORMATS = (
     ("codebook4:g64", ""), ("codebook4v2:g64", ""),
 )  # fmt: skip
 FEW_TOKENS, PORTABLE = "cuda_small_m", "triton_weight_only"
-COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 
 
-def median_us(calls: list[Any], replays: int = 15) -> float:
-    """Median time of one call, all of them in one CUDA graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times)
-
-
-def copies_for(nbytes: int) -> int:
-    return max(2, min(64, -(-COLD_BYTES // nbytes)))
-
-
-def sqnr_db(w: QuantizedTensor, x: torch.Tensor) -> float:
+def accuracy_db(w: QuantizedTensor, x: torch.Tensor) -> float:
     rows = w[:256]
     assert isinstance(rows, QuantizedTensor)
     a = x if w.act is None else w.act.format.dequantize(w.act.quantize(x, w.act_scale), *x.shape)
-    reference = a.double() @ rows.dequantize(torch.float32).double().T
-    noise = (F.linear(x, w)[:, :256].double() - reference).square().sum()
-    return float(10 * torch.log10(reference.square().sum() / noise.clamp(min=1e-300)))
+    return sqnr_db(a.double() @ rows.dequantize(torch.float32).double().T, F.linear(x, w)[:, :256])
 
 
 def measure(tokens: tuple[int, ...], formats: tuple[tuple[str, str], ...], budget_s: float) -> list[dict[str, Any]]:
@@ -106,7 +79,7 @@ def measure(tokens: tuple[int, ...], formats: tuple[tuple[str, str], ...], budge
                 for kernel in kernels:
                     with use_kernel(kernel):
                         us = median_us([lambda w=w, x=x: F.linear(x, w) for w in copies])
-                        sqnr = sqnr_db(first, x)
+                        sqnr = accuracy_db(first, x)
                     row = {"layer": layer, "n": n, "k": k, "m": m, "weight": spec, "act": act, "kernel": kernel}
                     row |= {"us": us, "gb_s": first.nbytes_packed / us / 1e3, "speedup": bf16[m] / us}
                     records.append(row | {"sqnr_db": sqnr, "sqnr_limit_db": fmt.kernel_sqnr_db})

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_smoke import COLD_BYTES, median_us
-from small_m import LAYERS, floor_us
 
 from lowbit import QuantizedTensor
 from lowbit.formats import parse_format
 from lowbit.kernels.cuda import wgmma
 from lowbit.kernels.cuda.wgmma import Config
+from lowbit.tools.bench_linear import LAYERS
+from lowbit.tools.timing import COLD_BYTES, floor_us, median_us
 
 
 def candidates(m: int, n: int, k: int) -> list[Config]:

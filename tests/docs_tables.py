@@ -89,7 +89,7 @@ def crossover_rows() -> list[Cells]:
 
 
 def floor_rows() -> list[Cells]:
-    """Of `small_m.py`: time of one token, and the time of reading as many bytes."""
+    """Of `small_m.py`, which `lowbit bench linear` has replaced: one token, and the time of reading as many bytes."""
     _, result = newest("h100_*_small_m.json")
     rows = [r for r in result["rows"] if r["layer"] == "gate_up" and r["m"] == 1]
     return [

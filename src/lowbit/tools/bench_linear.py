@@ -29,6 +29,7 @@ from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.tools import timing
 from lowbit.tools.bench_rows import BF16, FLOOR, LOWBIT, LeftOut, Record, Row, finished, reason_of, scheme_name
+from lowbit.tools.doctor import machine, sqnr_db
 from lowbit.tools.peers import Function, NoCounterpart, Peer
 from lowbit.tools.timing import Call, Turn
 
@@ -296,16 +297,9 @@ def _exact(x: Tensor, w: Tensor) -> Tensor:
     return x.double() @ w.double().T
 
 
-def sqnr_db(exact: Tensor, got: Tensor) -> float:
-    """Signal to noise in dB of a result against fp64. A result that is equal has some 3000 dB, not infinitely many."""
-    noise = (got.double() - exact).square().sum().clamp(min=1e-300)
-    return float(10 * torch.log10(exact.square().sum() / noise))
-
-
 def environment(plan: Plan, command: str) -> dict[str, Any]:
     """What a result has to name beside its numbers."""
     from lowbit import __version__
-    from lowbit.tools.doctor import machine
 
     gpu = plan.device.type == "cuda"
     facts = machine()

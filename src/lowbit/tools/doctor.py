@@ -132,12 +132,13 @@ def _try(config: Config, device: torch.device) -> float:
         assert isinstance(weight, QuantizedTensor)
         exact = x.double() @ weight.dequantize(torch.float32).cpu().double().T
         exact += layer.bias.detach().cpu().double()
-        return _sqnr_db(exact, y.cpu().double())
+        return sqnr_db(exact, y.cpu())
 
 
-def _sqnr_db(signal: Tensor, got: Tensor) -> float:
-    noise = (signal - got).square().sum()
-    return float(10 * torch.log10(signal.square().sum() / noise.clamp_min(1e-300)))
+def sqnr_db(exact: Tensor, got: Tensor) -> float:
+    """Signal to noise in dB of a result against fp64. A result that is equal has some 3000 dB, not infinitely many."""
+    noise = (got.double() - exact).square().sum().clamp_min(1e-300)
+    return float(10 * torch.log10(exact.square().sum() / noise))
 
 
 def _kernel(config: Config, m: int, device: torch.device) -> str:
