@@ -1,5 +1,6 @@
 """`bench linear`: who is timed when, what is computed from the times, and what is said about all that has no time."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -108,6 +109,39 @@ def test_a_turn_runs_every_copy_and_counts_one_call(monkeypatch):
     turn = timing.turn_of([lambda i=i: called.append(i) for i in range(4)], CPU)
     assert turn() == pytest.approx(10.0)
     assert called == [0, 1, 2, 3]
+
+
+def test_a_turn_on_a_gpu_times_the_second_replay(monkeypatch):
+    """CUDA by name only: what is captured, and what happens between the two events."""
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.name = f"event {len(events)}"
+            events.append(self)
+
+        def record(self):
+            done.append(self.name)
+
+        def synchronize(self):
+            done.append(f"wait {self.name}")
+
+        def elapsed_time(self, end):
+            return 0.9  # milliseconds, of three calls
+
+    events = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    turn = timing.turn_of([lambda i=i: done.append(i) for i in range(3)], torch.device("cuda"))
+    assert done == [0, 1, 2]
+    assert turn() == pytest.approx(300.0)
+    assert done[3:] == ["replay", "event 0", "replay", "event 1", "wait event 1"]
 
 
 def test_the_floor_reads_as_many_bytes(monkeypatch):
