@@ -294,6 +294,21 @@ def test_what_a_peer_raises_is_its_result(monkeypatch):
     assert left_out == []
 
 
+def test_a_peer_may_reuse_the_memory_of_its_results():
+    def shared(scheme):
+        out = torch.empty(2, 64, dtype=torch.bfloat16)
+        calls = []
+
+        def call(x, w):
+            calls.append(0)
+            return out.copy_(F.linear(x, w)) if len(calls) == 1 else out.zero_()
+
+        return lambda w: lambda x: call(x, w)
+
+    rows, _ = bench.bench_linear(plan(peer("shared", shared)))
+    assert rows[0].of("shared").error == ""
+
+
 def test_a_faster_peer_is_said_to_be_faster(monkeypatch):
     """Times by name, whatever the machine: everything between the clock and the ratio is real."""
     us = {"floor": 5.0, "bf16": 30.0, "lowbit": 12.0, "quick": 9.0}

@@ -267,12 +267,13 @@ def _prepared(plan: Plan, record: Record, functions: list[Function], x: Tensor, 
     """A provider warmed up and ready to be timed, with the distance of its result from exact arithmetic."""
     began = time.perf_counter()
     y = functions[0](x)
-    calls: list[Call] = [partial(f, x) for f in functions]
-    timing.warm_up(calls, plan.device)
-    seconds = time.perf_counter() - began
     if tuple(y.shape) != (record.m, record.n):
         raise RuntimeError(f"its result has shape {tuple(y.shape)}, not {(record.m, record.n)}")
-    record = dataclasses.replace(record, warmup_s=seconds, sqnr_dense_db=sqnr_db(exact, y[:, :CHANNELS]))
+    # Looked at before the next call: a library may give the same memory to a later result.
+    sqnr = sqnr_db(exact, y[:, :CHANNELS])
+    calls: list[Call] = [partial(f, x) for f in functions]
+    timing.warm_up(calls, plan.device)
+    record = dataclasses.replace(record, warmup_s=time.perf_counter() - began, sqnr_dense_db=sqnr)
     return record, timing.turn_of(calls, plan.device)
 
 
