@@ -1,11 +1,12 @@
 """CUDA C++ source to a running kernel with NVRTC, which the PyTorch wheels bring: no toolkit, no host compiler.
 
 A kernel is a source file and constants. Its machine code is cached on disk under a hash of everything that decides
-it, written beside its name and renamed, so that processes never read half of a file.
+it. The cache only saves time: a file that is damaged is made again, and a cache that cannot be written is not used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -15,6 +16,7 @@ import tempfile
 import threading
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from lowbit.errors import see
 from lowbit.kernels.problem import UnsupportedError
 
 Defines = tuple[tuple[str, int], ...]
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
 _lock = threading.Lock()
 
 
@@ -62,24 +65,56 @@ def compile_source(source: str, name: str, defines: Defines, arch: tuple[int, in
     target = f"sm_{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
     options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines)]
     key = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()[:32]
-    path = cache_dir("cuda") / f"{name}-{key}.cubin"
-    if path.exists():
-        return path.read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram")
-    status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
-    if int(status) != 0:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-        nvrtc.nvrtcGetProgramLog(program, log)
-        text = log.rstrip(b"\0").decode()
-        raise RuntimeError(f"{name}.cu did not compile for {target} with {dict(defines)}:\n{text}")
-    code: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
-    _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
-    nvrtc.nvrtcDestroyProgram(program)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(code)
-    os.replace(temporary, path)
+    file = f"{name}-{key}.cubin"
+    code = _read_cached(file)
+    if code is None:
+        code = _compile(source, name, target, options)
+        _write_cached(file, code)
     return code
+
+
+def _compile(source: str, name: str, target: str, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram")
+    try:
+        status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
+        if int(status) != 0:
+            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+            nvrtc.nvrtcGetProgramLog(program, log)
+            text = log.rstrip(b"\0").decode()
+            raise RuntimeError(f"{name}.cu did not compile for {target} with {' '.join(options)}:\n{text}")
+        code: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+        _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _read_cached(file: str) -> bytes | None:
+    """The machine code in a file of the cache; None if there is no such file, or not all of what was written."""
+    try:
+        data = (cache_dir("cuda") / file).read_bytes()
+    except OSError:
+        return None
+    code, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    return code if hashlib.sha256(code).digest() == checksum else None
+
+
+def _write_cached(file: str, code: bytes) -> None:
+    """Machine code, and its checksum behind it, where readers of ELF files do not look.
+
+    It is on the disk before it gets its name, so that other processes, and those after a crash, find all of it or
+    nothing.
+    """
+    # The kernel runs without being cached: a full disk or a home that is read-only is no reason to stop.
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=cache_dir("cuda")) as scratch:
+        handle, temporary = tempfile.mkstemp(dir=scratch)
+        with os.fdopen(handle, "wb") as out:
+            out.write(code + hashlib.sha256(code).digest())
+            out.flush()
+            os.fsync(handle)
+        os.replace(temporary, Path(scratch).with_name(file))
 
 
 def read_source(name: str) -> str:
@@ -104,8 +139,8 @@ class CudaKernel:
 
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
-                f"{kernel} is not compiled yet and the stream is being captured; run the layer once with this number "
-                "of tokens before capturing a CUDA graph" + see("no-kernel")
+                f"{kernel} is not compiled yet and the stream is being captured; before a CUDA graph is captured, "
+                "call lowbit.warmup(model, tokens) or run the layer once with this number of tokens" + see("no-kernel")
             )
         source = prelude + read_source(source_name)
         arch = torch.cuda.get_device_capability(device)
