@@ -18,8 +18,8 @@ from lowbit.models.tokenizer import load_tokenizer
 from lowbit.specs import EXAMPLES
 from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
 
-COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "doctor",
-            "bench linear")  # fmt: skip
+COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "warmup",
+            "doctor", "bench linear")  # fmt: skip
 SMALL = ("--tokens", "100", "--window", "50")
 
 
@@ -183,7 +183,7 @@ def test_eval_prints_a_table_and_takes_a_text(model, tmp_path):
     assert document("eval", model, "--text", text, *SMALL)["results"][0]["perplexity"] != plain
 
 
-# inspect, explain, doctor, demo ------------------------------------------------------------------
+# inspect, explain, warmup, doctor, demo ----------------------------------------------------------
 
 
 def test_inspect(model, quantized):
@@ -202,6 +202,16 @@ def test_explain(model, quantized):
     assert len(got["layers"]) == 14
     assert got == document("explain", quantized)["explanation"]
     assert "kernels on cpu" in run("explain", quantized).stdout
+
+
+def test_warmup(model, quantized):
+    got = document("warmup", model, "--config", "int4wo-32", "--tokens", "4,1, 2,1")["warmup"]
+    assert got["devices"] == ["cpu"]
+    assert [name.rpartition(".")[2] for name in got["layers"]] == ["q_proj", "k_proj", "gate_proj", "down_proj"]
+    assert sorted(m for tokens in got["kernels"].values() for m in tokens) == [1, 2, 4]
+    again = document("warmup", quantized, "-m", "1,2,4")["warmup"]
+    assert again | {"seconds": 0} == got | {"seconds": 0}
+    assert "warm on cpu: 4 kinds of layers" in run("warmup", quantized, "--tokens", 1).stdout
 
 
 def test_doctor_lists_every_config():
@@ -309,6 +319,10 @@ def test_bench_fails_where_lowbit_is_wrong(monkeypatch):
         (("eval", "MODEL", "--original", "MODEL"), "--original"),
         (("explain", "MODEL"), "--config"),
         (("explain", "QUANTIZED", "-c", "int8wo"), "quantized already"),
+        (("warmup", "MODEL"), "--config"),
+        (("warmup", "QUANTIZED", "--tokens", "1,0"), "--tokens"),
+        (("warmup", "QUANTIZED", "--tokens", "1,two"), "--tokens"),
+        (("warmup", "QUANTIZED", "--tokens", ""), "--tokens"),
         (("demo", "--model", "QUANTIZED"), "quantized already"),
         ((*BENCH, "-l", "up"), "NxK"),
         ((*BENCH, "-f", "int9"), "unknown config"),

@@ -1,7 +1,7 @@
 """lowbit: quantization for PyTorch that is fused or refused.
 
-`quantize_(model, config)` replaces weights in place; `explain(model)` says which kernel runs each layer;
-`save` and `load` keep the result as safetensors.
+`quantize_(model, config)` replaces weights in place; `explain(model)` says which kernel runs each layer, and
+`warmup(model)` compiles them ahead; `save` and `load` keep the result as safetensors.
 """
 
 from lowbit.calibrate import calibrate
@@ -36,6 +36,7 @@ from lowbit.quantize import FqnToConfig, quantize_
 from lowbit.report import Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
+from lowbit.warmup import warmup
 
 from lowbit import dispatch  # isort: skip  # noqa: F401  (fills the tables of QuantizedTensor)
 
@@ -82,4 +83,5 @@ __all__ = [
     "save",
     "use_kernel",
     "verify",
+    "warmup",
 ]

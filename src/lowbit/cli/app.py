@@ -39,7 +39,7 @@ def root(
 
 for function in (
     machine.demo, weights.quantize, weights.verify, weights.load, language.generate, language.eval_, weights.inspect,
-    weights.explain, machine.doctor,
+    weights.explain, weights.warmup, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)
 app.add_typer(bench, name="bench")

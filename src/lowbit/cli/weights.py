@@ -1,4 +1,4 @@
-"""Commands about weights: quantize, verify, load, inspect, explain."""
+"""Commands about weights: quantize, verify, load, inspect, explain, warmup."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model
 from lowbit.tools.sources import Source, export, find_source, is_static, parse_dtype, parse_rules, rules_for
+from lowbit.warmup import TOKENS
+from lowbit.warmup import warmup as warm
 
 Config = Annotated[str | None, typer.Option("--config", "-c", help="Short name such as int4wo-128, or a format spec.")]
 Rules = Annotated[
@@ -242,17 +244,7 @@ def explain(
     debug: Debug = False,
 ) -> int:
     """Which kernel would run each layer, for how many tokens, and why not another."""
-    source = find_source(model)
-    words = parse_rules(rule or [])
-    if source.kind == "checkpoint" and (config or rule):
-        raise ValueError(
-            f"{source.path} is quantized already; leave --config and --rule out" + see("already-quantized")
-        )
-    if source.kind != "checkpoint" and not (config or rule):
-        raise ValueError("explain: give --config (such as int4wo-128): the model is not quantized")
-    loaded = source.model(parse_dtype(dtype), device)
-    if config or rule:
-        quantize_as_asked(source, loaded, rules_for(loaded, config, words), device)
+    source, loaded = _quantized("explain", model, config, rule, device, dtype)
     explanation = explain_model(loaded)
     runs = not any(r.kernel.startswith("none") for layer in explanation.layers for r in layer.ranges)
     if as_json:
@@ -260,6 +252,58 @@ def explain(
     else:
         stdout().print(escape(str(explanation)))
     return OK if runs else FAILED
+
+
+@command
+def warmup(
+    model: Model,
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-m", metavar="M,...", help="Numbers of tokens that will run, commas between.")
+    ] = ",".join(map(str, TOKENS)),
+    config: Config = None,
+    rule: Rules = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run every kind of layer for given numbers of tokens, so that later processes find its kernels compiled."""
+    counts = _counts(tokens)
+    source, loaded = _quantized("warmup", model, config, rule, device, dtype)
+    with progress_bar("warming up") as update:
+        done = warm(loaded, counts, progress=update)
+    if as_json:
+        emit_json({"model": source.path, "warmup": done})
+    else:
+        stdout().print(escape(str(done)))
+
+
+def _counts(words: str) -> list[int]:
+    try:
+        counts = [int(word) for word in words.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"--tokens takes positive numbers, such as 1,2,4; got {words!r}" + see("bad-option"))
+    return counts
+
+
+def _quantized(
+    asking: str, model: str, config: str | None, rule: list[str] | None, device: str, dtype: str | None
+) -> tuple[Source, Llama]:
+    """A checkpoint as it is, or another model quantized as asked."""
+    source = find_source(model)
+    words = parse_rules(rule or [])
+    if source.kind == "checkpoint" and (config or rule):
+        raise ValueError(
+            f"{source.path} is quantized already; leave --config and --rule out" + see("already-quantized")
+        )
+    if source.kind != "checkpoint" and not (config or rule):
+        raise ValueError(f"{asking}: give --config (such as int4wo-128): the model is not quantized")
+    loaded = source.model(parse_dtype(dtype), device)
+    if config or rule:
+        quantize_as_asked(source, loaded, rules_for(loaded, config, words), device)
+    return source, loaded
 
 
 # Reports -----------------------------------------------------------------------------------------
