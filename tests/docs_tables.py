@@ -65,36 +65,77 @@ def newest(pattern: str) -> tuple[str, Any]:
 
 
 def speed_rows() -> list[Cells]:
-    """Of `gpu_smoke.py`: speed-up over bf16 of the chosen kernel (the first measured) for a large layer."""
+    """Of `gpu_smoke.py`: speed-up over bf16 of the chosen kernel (the first measured) with quantized activations."""
     _, result = newest("h100_*_kernels.json")
     speed: dict[tuple[str, str], dict[int, float]] = {}
     for r in result["records"]:
-        if r["layer"] == "gate_up" and r["weight"] != "bf16":
+        if r["layer"] == "gate_up" and r["act"]:
             speed.setdefault((r["weight"], r["act"]), {}).setdefault(r["m"], r["speedup"])
     return [
-        (f"`{weight}`", f"`{act}`" if act else "-", *(f"{row[m]:.2f}" if m in row else "" for m in (1, 16, 128, 1024)))
+        (f"`{weight}`", f"`{act}`", *(f"{row[m]:.2f}" if m in row else "" for m in (1, 16, 128, 1024)))
         for (weight, act), row in speed.items()
     ]
 
 
-def crossover_rows() -> list[Cells]:
-    """Of `gpu_smoke.py`: both kernels for few tokens, in microseconds."""
-    _, result = newest("h100_*_few_tokens.json")
-    times: dict[str, dict[tuple[int, str], float]] = {}
+def linear_records(provider: str, layer: str, tokens: tuple[int, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Of `lowbit bench linear`: the records of each format with all of these numbers of tokens."""
+    _, result = newest("h100_*_linear.json")
+    found: dict[str, list[dict[str, Any]]] = {}
     for r in result["records"]:
-        if r["layer"] == "gate_up" and not r["act"]:
-            times.setdefault(r["weight"], {})[r["m"], r["kernel"]] = r["us"]
-    columns = [(m, kernel) for m in (1, 16) for kernel in ("cuda_small_m", "triton_weight_only")]
-    return [(f"`{w}`", *(f"{t[c]:.1f}" for c in columns)) for w, t in times.items() if all(c in t for c in columns)]
+        if r["provider"] == provider and r["layer"] == layer and r["m"] in tokens:
+            found.setdefault(r["weight"], []).append(r)
+    return {weight: records for weight, records in found.items() if len(records) == len(tokens)}
 
 
-def floor_rows() -> list[Cells]:
-    """Of `small_m.py`, which `lowbit bench linear` has replaced: one token, and the time of reading as many bytes."""
-    _, result = newest("h100_*_small_m.json")
-    rows = [r for r in result["rows"] if r["layer"] == "gate_up" and r["m"] == 1]
+def linear_rows() -> list[Cells]:
+    """Time and share of the read floor for one token, time and speed-up over bf16 for 16 and 128."""
+    rows = []
+    for weight, (one, *more) in linear_records("lowbit", "gate_up", (1, 16, 128)).items():
+        cells = [
+            f"{one['us']:.1f}",
+            f"{one['floor_us']:.1f}",
+            f"{100 * one['floor_share']:.0f} %",
+            f"{one['speedup']:.2f}",
+        ]
+        cells += [f"{r['us']:.1f} ({r['speedup']:.2f})" for r in more]
+        rows.append((f"`{weight}`", *cells))
+    return rows
+
+
+def layers_rows() -> list[Cells]:
+    """Speed-up over bf16 of every layer for 1, 16 and 128 tokens."""
+    layers = ("gate_up", "down", "qkv", "o")
+    by_layer = {layer: linear_records("lowbit", layer, (1, 16, 128)) for layer in layers}
     return [
-        (f"`{r['format']}`", f"{r['us_chosen']:.1f}", f"{r['floor_us']:.1f}", f"{r['bf16_us']:.1f}",
-         f"{100 * r['floor_us'] / r['us_chosen']:.0f} %") for r in rows
+        (
+            f"`{weight}`",
+            *(", ".join(f"{r['speedup']:.2f}" for r in by_layer[layer].get(weight, [])) for layer in layers),
+        )
+        for weight in by_layer["gate_up"]
+    ]
+
+
+def peer_rows() -> list[Cells]:
+    """Of `lowbit bench linear --peers`: microseconds of everybody in the same turns."""
+    _, result = newest("h100_*_peers.json")
+    rows: dict[tuple[str, str, int], dict[str, float]] = {}
+    for r in result["records"]:
+        rows.setdefault((r["layer"], r["weight"], r["m"]), {})[r["provider"]] = r["us"]
+    return [
+        (layer, f"`{weight}`", str(m), *(f"{us[p]:.1f}" for p in ("bf16", "lowbit", "humming", "gemlite")))
+        for (layer, weight, m), us in rows.items()
+    ]
+
+
+def crossover_rows() -> list[Cells]:
+    """Of `crossover.py`: microseconds of the kernels for two formats and two layers."""
+    rows = [*newest("h100_*_crossover_few.json")[1]["rows"], *newest("h100_*_crossover_many.json")[1]["rows"]]
+    kernels = ("cuda_small_m", "triton_weight_only", "cuda_wgmma", "triton_chunked")
+    return [
+        (r["layer"], f"`{r['format']}`", str(r["m"]), f"{r['bf16_us']:.1f}",
+         *(f"{r['us'][k]:.1f}" if k in r["us"] else "" for k in kernels))
+        for r in sorted(rows, key=lambda r: (r["layer"], r["format"], r["m"]))
+        if r["layer"] in ("gate_up", "o") and r["format"] in ("int4:g128", "int8:row")
     ]  # fmt: skip
 
 
@@ -140,10 +181,16 @@ TABLES = {
         demo_rows,
     ),
     "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
-    "crossover": Table(
-        "docs/measured.md", ("weight", "C++, M = 1", "Triton, M = 1", "C++, M = 16", "Triton, M = 16"), crossover_rows
+    "linear": Table(
+        "docs/measured.md", ("weight", "M = 1, us", "read alone", "share", "speed-up", "M = 16", "M = 128"), linear_rows
     ),
-    "floor": Table("docs/measured.md", ("weight", "us", "read alone", "bf16", "share"), floor_rows),
+    "layers": Table("docs/measured.md", ("weight", "gate_up", "down", "qkv", "o"), layers_rows),
+    "peers": Table("docs/measured.md", ("layer", "weight", "M", "bf16", "lowbit", "humming", "gemlite"), peer_rows),
+    "crossover": Table(
+        "docs/measured.md",
+        ("layer", "weight", "M", "bf16", "cuda_small_m", "triton_weight_only", "cuda_wgmma", "triton_chunked"),
+        crossover_rows,
+    ),
 }
 
 

@@ -30,7 +30,7 @@ from lowbit.configs import (
 from lowbit.explain import explain
 from lowbit.formats import parse_format
 from lowbit.granularity import PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
-from lowbit.kernels.problem import UnsupportedError
+from lowbit.kernels.problem import UnsupportedError, batch_invariant
 from lowbit.kernels.select import use_kernel
 from lowbit.quantize import FqnToConfig, quantize_
 from lowbit.report import Report
@@ -74,6 +74,7 @@ __all__ = [
     "Report",
     "UnsupportedError",
     "__version__",
+    "batch_invariant",
     "calibrate",
     "explain",
     "load",

@@ -19,12 +19,16 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True)
 class Range:
-    """Tokens `first..last` run on `kernel`; `rejected` are the kernels before it in the table, with reasons."""
+    """Tokens `first..last` run on `kernel`; `rejected` are the kernels before it in the table, with reasons.
+
+    `config` says how it is launched, for kernels that have a choice.
+    """
 
     first: int
     last: int
     kernel: str
     rejected: tuple[tuple[str, str], ...]
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Explanation:
             more = f" and {len(members) - 1} more" if len(members) > 1 else ""
             lines.append(f"{first.name}{more}: {first.scheme}, {first.n} x {first.k}, {first.bytes / 1e6:.2f} MB")
             for r in first.ranges:
-                lines.append(f"  M {r.first}..{r.last}: {r.kernel}")
+                lines.append(f"  M {r.first}..{r.last}: {r.kernel}" + (f" ({r.config})" if r.config else ""))
                 lines.extend(f"      not {name}: {reason}" for name, reason in r.rejected)
         return "\n".join(lines)
 
@@ -84,14 +88,15 @@ def explain(model: nn.Module, tokens: Sequence[int] = TOKENS, dtype: torch.dtype
             problem = Problem(m, n, k, fmt, weight.act_spec, dtype or weight.dtype, weight.device.type, arch)
             try:
                 choice = select(problem)
-                kernel, rejected = choice.kernel.name, choice.rejected
+                kernel, rejected, config = choice.kernel.name, choice.rejected, choice.config
             except UnsupportedError as error:
-                kernel, rejected = f"none: {error}", ()
+                kernel, rejected, config = f"none: {error}", (), ""
             last = ranges[-1] if ranges else None
-            if last is not None and (last.kernel, _kinds(last.rejected)) == (kernel, _kinds(rejected)):
-                ranges[-1] = Range(last.first, m, kernel, last.rejected)
+            same = (kernel, config, _kinds(rejected))
+            if last is not None and (last.kernel, last.config, _kinds(last.rejected)) == same:
+                ranges[-1] = Range(last.first, m, kernel, last.rejected, config)
             else:
-                ranges.append(Range(m, m, kernel, rejected))
+                ranges.append(Range(m, m, kernel, rejected, config))
         scheme = Scheme(weight.format, weight.act).spec
         layers.append(LayerExplanation(name, n, k, scheme, weight.nbytes_packed, tuple(ranges)))
     if not layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,19 +19,56 @@ import torch
 from cases import each_format
 
 import lowbit
-from lowbit.formats import Format, registered
-from lowbit.kernels.cuda import loader, small_m
+from lowbit.formats import Format, parse_format, registered
+from lowbit.kernels.cuda import dequant, loader, small_m, wgmma
+from lowbit.kernels.cuda.wgmma import Config
 from lowbit.kernels.problem import Problem
+from lowbit.kernels.select import select
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install cuda-bindings nvidia-cuda-nvrtc")
-SOURCE = loader.read_source("small_m.cu")
+HOPPER = (9, 0)
+# One instance for each kind of tile: two blocks per multiprocessor, two rows of tiles per warpgroup, most tokens.
+TILES = [Config(32, blocks=2), Config(64), Config(128, 2), Config(256)]
 
 
-def compile_for(fmt: Format, arch: tuple[int, int], token_tiles: int = 1, row_tiles: int = 1) -> bytes:
+def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
     defines = small_m.constants(fmt)
     assert not isinstance(defines, str), defines
-    more = (("TOKEN_TILES", token_tiles), ("ROW_TILES", row_tiles), ("MIN_BLOCKS", 2))
-    return loader.compile_source(SOURCE, "small_m", defines + more, arch)
+    more = {"TOKEN_TILES": 1, "CLUSTER": 1, "WHOLE": 1} | changes
+    source = loader.read_source("small_m.cu")
+    return loader.compile_source(source, "small_m", tuple(sorted((dict(defines) | more).items())), arch)
+
+
+def wgmma_code(fmt: Format, config: Config) -> bytes:
+    defines = wgmma.constants(fmt, config)
+    assert not isinstance(defines, str), defines
+    source = wgmma.instruction(config.tokens) + loader.read_source("wgmma.cu")
+    return loader.compile_source(source, "wgmma", defines, HOPPER)
+
+
+def dequant_code(fmt: Format, arch: tuple[int, int]) -> bytes:
+    defines = dequant.constants(fmt)
+    assert not isinstance(defines, str), defines
+    return loader.compile_source(loader.read_source("dequant.cu"), "dequant", defines, arch)
+
+
+def instructions(code: bytes, kernel: str) -> list[str]:
+    """The machine code of a kernel, disassembled."""
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason="Triton brings the disassembler")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        tool = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    (function,) = (part for part in text.split("Function : ")[1:] if part.startswith(kernel))
+    return re.findall(r"/\*[0-9a-f]{4,5}\*/ +(.*?);", function)
+
+
+def assert_in_registers(code: list[str], inside: str) -> None:
+    """Nothing is spilled to local memory where the code runs most, from the first `inside` to the last."""
+    places = [i for i, line in enumerate(code) if inside in line]
+    spilled = [line for line in code[places[0] : places[-1]] if "LDL" in line or "STL" in line]
+    assert not spilled
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +77,80 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @each_format
-def test_every_format_compiles_for_hopper(fmt: Format) -> None:
-    assert compile_for(fmt, (9, 0))[:4] == b"\x7fELF"
+def test_few_tokens(fmt: Format) -> None:
+    code = instructions(small_m_code(fmt, HOPPER), "small_m")
+    assert_in_registers(code, "HMMA")
+    # Weights come 16 bytes at a time, past the first cache.
+    assert any("LDGSTS.E.BYPASS" in line and ".128" in line for line in code)
+
+
+@pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "int3:g64", "nf4:g64", "nvfp4", "int4:g64:asym"])
+@pytest.mark.parametrize("changes", [{"TOKEN_TILES": 2, "COPIES": 8}, {"CLUSTER": 4}, {"WHOLE": 0}], ids=str)
+def test_other_instances_for_few_tokens(spec: str, changes: dict[str, int]) -> None:
+    assert_in_registers(instructions(small_m_code(parse_format(spec), HOPPER, **changes), "small_m"), "HMMA")
+
+
+@each_format
+def test_matrix_units(fmt: Format) -> None:
+    for config in TILES:
+        if isinstance(wgmma.constants(fmt, config), str):
+            continue
+        code = instructions(wgmma_code(fmt, config), "wgmma_kernel")
+        products = [line for line in code if "HGMMA" in line]
+        assert all(f"64x{config.tokens}x16.F32.BF16" in line for line in products)
+        # The compiler can give up overlapping products with decoding, and says so nowhere: it waits for each of them.
+        waits = [line for line in code if "WARPGROUP.DEPBAR" in line]
+        assert sum("0x1" in line for line in waits) == len(products) // (2 * config.row_tiles)
+        assert sum("0x0" in line for line in waits) <= 2
+        assert any("UBLKCP" in line for line in code)
+        assert_in_registers(code, "HGMMA")
+
+
+@each_format
+def test_dequantization(fmt: Format) -> None:
+    code = instructions(dequant_code(fmt, HOPPER), "dequant")
+    assert any("STG.E.128" in line for line in code)
 
 
 @pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "mxfp4", "nf4:g64"])
 @pytest.mark.parametrize("arch", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
 def test_other_architectures(spec: str, arch: tuple[int, int]) -> None:
-    fmt = next(f for f in registered() if f.spec == spec)
-    assert compile_for(fmt, arch, 2, 2)[:4] == b"\x7fELF"
+    fmt = parse_format(spec)
+    assert small_m_code(fmt, arch, TOKEN_TILES=2, COPIES=8)[:4] == b"\x7fELF"
+    assert dequant_code(fmt, arch)[:4] == b"\x7fELF"
+
+
+@each_format
+def test_a_block_never_asks_for_more_than_there_is(fmt: Format) -> None:
+    for config in (*TILES, Config(16, 2, cut=True), Config(16, warpgroups=4)):
+        defines = wgmma.constants(fmt, config)
+        if isinstance(defines, str):
+            continue
+        d = dict(defines)
+        at_launch = 65536 // config.blocks // config.threads // 8 * 8
+        # Registers that warpgroups give to each other: more than there are would be waited for without end.
+        used = d["PRODUCER_REGS"] + config.warpgroups * d["CONSUMER_REGS"]
+        assert used <= at_launch * (1 + config.warpgroups)
+        assert wgmma.stages(fmt, config)[2] * config.blocks <= 227 << 10
+
+
+@pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "int1:g128", "nf4:g64"])
+def test_blocks_share_k_only_where_that_pays(spec: str) -> None:
+    fmt = parse_format(spec)
+    for m, n, k in ((1, 28672, 4096), (1, 4096, 4096), (8, 4096, 14336), (16, 6144, 4096)):
+        cluster = small_m.cluster_for(fmt, m, n, k, 132, HOPPER)
+        assert small_m.shared_bytes(fmt, m, k, cluster) <= small_m.SHARED_OF_ONE
+        assert small_m.cluster_for(fmt, m, n, k, 108, (8, 0)) == 1
+    assert small_m.cluster_for(fmt, 1, 28672, 4096, 132, HOPPER) == 1
+    assert small_m.cluster_for(fmt, 8, 4096, 14336, 132, HOPPER) > 1
+
+
+def test_tiles_are_cut_where_they_do_not_fill_the_blocks() -> None:
+    fmt = parse_format("int4:g128")
+    assert wgmma.config_for(fmt, 64, 4096, 4096, 132).cut  # 32 tiles for 132 multiprocessors
+    assert not wgmma.config_for(fmt, 4096, 132 * 128, 4096, 132).cut
+    assert wgmma.config_for(fmt, 20, 4096, 4096, 132).tokens == 32
+    assert wgmma.config_for(fmt, 4096, 28672, 4096, 132).tokens == 256
 
 
 # The cache ---------------------------------------------------------------------------------------
@@ -79,13 +182,13 @@ def kernel(source: str = "a", arch: tuple[int, int] = (9, 0), **defines: int) ->
 
 def test_cache_holds_whole_files_and_is_used(folder: Path) -> None:
     fmt = registered()[0]
-    code = compile_for(fmt, (9, 0))
+    code = small_m_code(fmt, (9, 0))
     (file,) = folder.iterdir()
     assert file.read_bytes() == code + hashlib.sha256(code).digest()
     other = b"other code"
     file.write_bytes(other + hashlib.sha256(other).digest())
-    assert compile_for(fmt, (9, 0)) == other
-    assert compile_for(fmt, (8, 0)) != other
+    assert small_m_code(fmt, (9, 0)) == other
+    assert small_m_code(fmt, (8, 0)) != other
 
 
 def test_cache_is_its_users_own(folder: Path) -> None:
@@ -194,7 +297,9 @@ def test_errors_carry_the_compilers_log(tmp_path: Path, monkeypatch: pytest.Monk
     ("changes", "reason"),
     [
         ({"m": 9}, "above 8"),
-        ({"m": 17, "format": "int3:g64"}, "above 16"),
+        ({"m": 9, "arch": (8, 0)}, "above 8"),
+        ({"m": 17, "format": "int3:g64", "arch": (8, 0)}, "above 16"),
+        ({"m": 8, "k": 1 << 17}, "KiB of shared memory"),
         ({"dtype": torch.float16}, "written for bf16"),
         ({"arch": (7, 5)}, "needs compute capability 8.0"),
         ({"k": 100}, "no multiple of the 32 weights"),
@@ -206,3 +311,34 @@ def test_conditions(changes: dict[str, object], reason: str) -> None:
     base = {"m": 1, "n": 64, "k": 256, "format": "int4:g128", "act": "", "dtype": torch.bfloat16, "device": "cuda"}
     assert small_m.why_not(Problem(**base, arch=(9, 0))) is None  # type: ignore[arg-type]
     assert reason in (small_m.why_not(Problem(**(base | {"arch": (9, 0)} | changes))) or "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"arch": (8, 0)}, "needs Hopper's matrix units"),
+        ({"arch": (10, 0)}, "needs Hopper's matrix units"),
+        ({"dtype": torch.float16}, "written for bf16"),
+        ({"k": 4096 + 16}, "no multiple of the 32 weights"),
+        ({"act": "float8_e4m3:g128"}, "change along K"),
+        ({"m": 64}, "at most 64, where another kernel is faster"),
+        ({"m": 2049}, "above 2048, where dequantizing in chunks is faster"),
+    ],
+)
+def test_conditions_for_matrix_units(changes: dict[str, object], reason: str) -> None:
+    base = {"m": 128, "n": 4096, "k": 4096, "format": "int4:g128", "act": "", "dtype": torch.bfloat16, "device": "cuda"}
+    assert wgmma.why_not(Problem(**base, arch=HOPPER)) is None  # type: ignore[arg-type]
+    assert reason in (wgmma.why_not(Problem(**(base | {"arch": HOPPER} | changes))) or "")  # type: ignore[arg-type]
+
+
+def test_batch_invariance_has_one_kernel() -> None:
+    for m in (1, 8, 64, 4096):
+        problem = Problem(m, 4096, 4096, "int4:g128", "", torch.bfloat16, "cuda", HOPPER)
+        with lowbit.batch_invariant():
+            choice = select(problem)
+        assert choice.kernel.name == "cuda_wgmma"
+        assert choice.config == str(wgmma.INVARIANT)
+    assert select(Problem(1, 4096, 4096, "int4:g128", "", torch.bfloat16, "cuda", HOPPER)).kernel.name == "cuda_small_m"
+    x, w = torch.ones(1, 64), lowbit.QuantizedTensor.from_float(torch.ones(64, 64), parse_format("int8:row"))
+    with lowbit.batch_invariant(), pytest.raises(lowbit.UnsupportedError, match=r"batch_invariant\(\) is in force"):
+        torch.nn.functional.linear(x, w)

@@ -97,7 +97,7 @@ def test_when_nothing_applies_every_reason_is_listed(monkeypatch: pytest.MonkeyP
     table = (Kernel("a", None, "x:x", never("too warm")), Kernel("b", "cuda", "x:x", never("")), *KERNELS[-1:])
     monkeypatch.setattr(module, "KERNELS", table)
     with pytest.raises(UnsupportedError) as info:
-        module._select.__wrapped__(problem(), None)
+        module._select.__wrapped__(problem(), None, False)
     for line in ("a: too warm", "b: runs on cuda, not cpu", "reference: dequantizes whole weights", "use_kernel"):
         assert line in str(info.value)
 

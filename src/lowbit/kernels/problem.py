@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -14,9 +18,37 @@ class UnsupportedError(NotImplementedError):
     """No kernel applies, or the one asked for does not; the message lists every kernel and its reason."""
 
 
+@cache
+def capability(index: int) -> tuple[int, int]:
+    """CUDA compute capability of a GPU; PyTorch takes long to say it."""
+    return torch.cuda.get_device_capability(index)
+
+
 def arch_of(device: torch.device) -> tuple[int, int] | None:
     """CUDA compute capability of a device; None for others."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return capability(device.index or 0) if device.type == "cuda" else None
+
+
+_invariant: ContextVar[bool] = ContextVar("lowbit_batch_invariant", default=False)
+
+
+def is_batch_invariant() -> bool:
+    """Whether `batch_invariant` is in force."""
+    return _invariant.get()
+
+
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """In this context, a row of a lowbit matmul has the same bits whatever other rows are multiplied with it.
+
+    Without it, kernels and their tiles change with the number of tokens, and with them the order of sums. It costs
+    speed, most for few tokens, and needs a Hopper GPU, bf16 and weight-only formats; anything else is an error.
+    """
+    token = _invariant.set(True)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,29 @@ import torch
 
 from lowbit.errors import see
 from lowbit.kernels.cpu import native
-from lowbit.kernels.cuda import small_m
-from lowbit.kernels.problem import Problem, UnsupportedError
+from lowbit.kernels.cuda import small_m, wgmma
+from lowbit.kernels.problem import Problem, UnsupportedError, is_batch_invariant
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An entry of the table. `run` is `module:function` below `lowbit.kernels`, imported at the first call."""
+    """An entry of the table.
+
+    Attributes:
+        run: `module:function` below `lowbit.kernels`, imported at the first call.
+        reject: why a problem is not for this kernel, or None.
+        by_name_only: never chosen, only run by `use_kernel`.
+        batch_invariant: whether it can multiply so that a row's bits do not depend on the others.
+        config: how it would launch for a problem that it takes, in words.
+    """
 
     name: str
     device: str | None
     run: str
     reject: Callable[[Problem], str | None]
     by_name_only: bool = False
+    batch_invariant: bool = False
+    config: Callable[[Problem], str] | None = None
 
     def why_not(self, p: Problem) -> str | None:
         if self.device is not None and self.device != p.device:
@@ -44,10 +54,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `select` decided: the kernel, and every kernel tried before it with the reason against it."""
+    """What `select` decided: the kernel, those tried before it with the reasons against them, how it launches."""
 
     kernel: Kernel
     rejected: tuple[tuple[str, str], ...] = field(default=())
+    config: str = ""
 
 
 @cache
@@ -144,14 +155,19 @@ def _small_m(p: Problem) -> str | None:
     return small_m.why_not(p) or (triton_missing() if p.act else None)
 
 
+def _wgmma(p: Problem) -> str | None:
+    return wgmma.why_not(p) or (triton_missing() if p.act else None)
+
+
 def _native(p: Problem) -> str | None:
     return native.missing()
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m),
+    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m, config=small_m.describe),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
+    Kernel("cuda_wgmma", "cuda", "cuda.wgmma:wgmma", _wgmma, batch_invariant=True, config=wgmma.describe),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
     Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),
@@ -191,7 +207,7 @@ def select(problem: Problem) -> Choice:
     Raises:
         UnsupportedError: none does; the message lists each kernel with its reason.
     """
-    return _select(problem, _forced.get())
+    return _select(problem, _forced.get(), is_batch_invariant())
 
 
 def select_gradient(problem: Problem) -> Kernel:
@@ -200,16 +216,18 @@ def select_gradient(problem: Problem) -> Kernel:
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, forced: str | None) -> Choice:
+def _select(problem: Problem, forced: str | None, invariant: bool) -> Choice:
     rejected: list[tuple[str, str]] = []
     for kernel in KERNELS:
         if forced is not None and kernel.name != forced:
             continue
         reason = kernel.why_not(problem)
+        if reason is None and invariant and not kernel.batch_invariant:
+            reason = "the order of its sums depends on M, and lowbit.batch_invariant() is in force"
         if reason is None and kernel.by_name_only and forced is None:
             reason = f"dequantizes whole weights; ask for it with lowbit.use_kernel({kernel.name!r})"
         if reason is None:
-            return Choice(kernel, tuple(rejected))
+            return Choice(kernel, tuple(rejected), kernel.config(problem) if kernel.config else "")
         rejected.append((kernel.name, reason))
     lines = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
     raise UnsupportedError(f"no kernel for {problem}:\n{lines}" + see("no-kernel"))

@@ -1,9 +1,10 @@
 // From packed codes to bf16 operands of the tensor cores: what the CUDA C++ kernels share.
 //
-// A lane takes 16 consecutive bytes of a row's main plane (a chunk) and decodes them eight codes at a time (an octet)
-// into four bf16 pairs of neighbours, (0, 1), (2, 3), (4, 5), (6, 7).
+// A lane takes QUAD consecutive bytes of a row's main plane (a chunk) and decodes eight codes at a time (an octet) into
+// four bf16 pairs. The order of K inside a product is free, so a pair holds the two codes that one mask takes out of a
+// 32-bit word, which are half a word apart: `pair_codes` says which, and activations are laid out to match.
 //
-// Compiled with -D, which small_m.py derives from a format's declarations: BITS per code, KIND, MANTISSA, RESCALE,
+// Compiled with -D, which small_m.py derives from a format's declarations: QUAD, BITS per code, KIND, MANTISSA, RESCALE,
 // TABLE_FP32; SCALE_MODE, SCALE_TYPE, GROUP (weights per scale along K), SCALE_N (along N), ZERO, OUTER_K (-1: no outer
 // scale, 0: one for the tensor, else weights per outer scale), OFFSET.
 
@@ -13,7 +14,7 @@
 #define VECTOR 3  // 256 entries of two weights
 
 #define PER_ROW 0    // one scale per row or tensor, applied at the end
-#define PER_STEP 1   // groups of whole steps: applied to fp32 sums, exact
+#define PER_STEP 1   // groups of whole steps of four lanes: applied to fp32 sums, exact
 #define PER_CHUNK 2  // finer groups: applied to the decoded pair in bf16
 
 #define FP32 0
@@ -26,18 +27,22 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int COPIES = 8;  // of a table in shared memory: an entry's copies fill 32 bytes, which `look_up` relies on
+#ifndef COPIES
+#define COPIES 32  // of a table in shared memory: every lane has a bank of its own; or 8, where room is scarce
+#endif
+constexpr int ENTRY_SHIFT = COPIES == 32 ? 7 : 5;  // an entry's copies fill so many bytes
 constexpr int VECTOR_SIZE = KIND == VECTOR ? 2 : 1;
 // Width of the plane that is read 16 bytes at a time; the others follow it.
 constexpr int MAIN = BITS == 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1;
-constexpr int CHUNK = 128 / MAIN * VECTOR_SIZE;  // weights a lane takes at once
+constexpr int CHUNK = QUAD * 8 / MAIN * VECTOR_SIZE;  // weights a lane takes at once
 constexpr int OCTETS = CHUNK / 8;
-constexpr int STEP = 4 * CHUNK;        // weights of one row that a warp takes at once
+constexpr int STEP = 4 * CHUNK;  // weights of one row that a warp takes at once
 // Tables of 4-bit codes and of pairs are indexed by a whole byte.
 constexpr bool BYTES = KIND == VECTOR || (KIND == TABLE && BITS == 4);
 // 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1
 constexpr bool HAS_2 = BITS == 6 || BITS == 7;
 constexpr bool HAS_1 = BITS == 3 || BITS == 5 || BITS == 7;
+constexpr int TWO = HAS_2 ? CHUNK / 4 : 0, ONE = HAS_1 ? CHUNK / 8 : 0;  // bytes of a lane's chunk in the other planes
 // E4M3 block scales are at most 448: times 2^118 they fit bf16, and one product undoes the exponent of the bits. What
 // is left of 2^RESCALE waits for the end.
 constexpr bool FOLDED = KIND == FLOAT && SCALE_MODE == PER_CHUNK && SCALE_TYPE == E4M3;
@@ -93,6 +98,13 @@ __device__ __forceinline__ u32 mask_or(u32 v, u32 mask, u32 bits) {
     return d;
 }
 
+// Where the top bit of a half is set 1, else -1, as a bf16.
+__device__ __forceinline__ u32 one_if_set(u32 v) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(d) : "r"(v), "r"(0x80008000), "r"(0x3f803f80));
+    return d;
+}
+
 // bf16 without the toolkit's headers, which a user of the PyTorch wheels need not have.
 __device__ __forceinline__ float wide(u16 h) { return __uint_as_float((u32)h << 16); }
 
@@ -102,48 +114,115 @@ __device__ __forceinline__ u16 narrow(float v) {
     return h;
 }
 
+__device__ __forceinline__ u32 narrow2(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
 __device__ __forceinline__ u32 pair(float v) { return narrow(v) * 0x00010001u; }
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies BYTES, or zeros. Weights are read once: they pass the first cache by where that can be said.
+template <int BYTES>
+__device__ __forceinline__ void copy(u32 to, const u8 *from, bool valid) {
+    const int bytes = valid ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
+}
+
+template <int BYTES, int WORDS>
+__device__ __forceinline__ void read_shared(u32 (&out)[WORDS], u32 from) {
+    if constexpr (BYTES == 16)
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(from));
+    if constexpr (BYTES == 8) asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(from));
+    if constexpr (BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out[0]) : "r"(from));
+    if constexpr (BYTES == 2) asm volatile("ld.shared.u16 %0, [%1];" : "=r"(out[0]) : "r"(from));
+    if constexpr (BYTES == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(out[0]) : "r"(from));
+}
+
+__device__ __forceinline__ void barrier_init(u32 bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void arrive_barrier(u32 bar) {
+    unsigned long long state;
+    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void wait_barrier(u32 bar, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+#define TRY_WAIT "mbarrier.try_wait.parity"
+#else
+#define TRY_WAIT "mbarrier.test_wait.parity"
+#endif
+    asm volatile(
+        "{\n.reg .pred p;\nagain:\n" TRY_WAIT ".shared.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(bar), "r"(parity)
+        : "memory");
+}
 
 // One chunk of one row: the bytes of every plane.
 struct Chunk {
-    u32 main[4];
-    u32 two[2], one[2];
+    u32 main[QUAD / 4];
+    u32 two[(TWO + 3) / 4 + !TWO], one[(ONE + 3) / 4 + !ONE];
 };
 
-// Codes (2 j, 2 j + 1), j = 0..3, of octet o in the two halves of four words. Plain 4-bit codes have other bits above
-// them; everything else is clean.
-__device__ __forceinline__ void octet_codes(const Chunk &c, int o, u32 (&out)[4]) {
-    if constexpr (MAIN == 8) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) out[j] = __byte_perm(c.main[2 * o + j / 2], 0, j % 2 ? 0x4342 : 0x4140);
-    } else {
-        const u32 odd = MAIN == 4 ? c.main[o] >> 4 : 0;
-        u32 two = 0, one = 0;
-        if constexpr (MAIN == 2) two = o % 2 ? c.main[o / 2] >> 16 : c.main[o / 2] & 0xffff;
-        if constexpr (HAS_2) two = o % 2 ? c.two[o / 2] >> 16 : c.two[o / 2] & 0xffff;
-        if constexpr (MAIN == 2 || HAS_2) two |= two << 14;
-        if constexpr (MAIN == 1) one = c.main[o / 4] >> (o % 4 * 8) & 0xff;
-        if constexpr (HAS_1) one = c.one[o / 4] >> (o % 4 * 8) & 0xff;
-        if constexpr (MAIN == 1 || HAS_1) one |= one << 15;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 v = 0;
-            if constexpr (MAIN == 4) {
-                v = __byte_perm(c.main[o], odd, 0x4400 + 0x1111 * j);
-                if constexpr (BITS != 4 || KIND != INT) v &= 0x000f000f;
-            }
-            if constexpr (MAIN == 2) v = two >> 4 * j & 0x00030003;
-            if constexpr (HAS_2) v |= (j == 0 ? two << 4 : two >> (4 * j - 4)) & 0x00300030;
-            constexpr int high = BITS - 1;
-            if constexpr (MAIN == 1) v = one >> 2 * j & 0x00010001;
-            if constexpr (HAS_1) v |= (one >> 2 * j & 0x00010001) << high;
-            out[j] = v;
-        }
+// The weights of a chunk whose values are in pair `p` of the chunk (four pairs per octet).
+struct Pair {
+    int first, second;
+};
+
+__device__ __forceinline__ Pair pair_codes(int p) {
+    if constexpr (BYTES) return {2 * p, 2 * p + 1};
+    constexpr int CODES = 32 / MAIN;  // of a word
+    const int first = p / (CODES / 2) * CODES + p % (CODES / 2);
+    return {first, first + CODES / 2};
+}
+
+// Codes of pair j of octet o in the low bits of both halves. Bits above them are dirty where one plane holds all of the
+// code.
+__device__ __forceinline__ u32 pair_bits(const Chunk &c, int o, int j) {
+    u32 bits;
+    if constexpr (MAIN == 8) bits = j % 2 ? c.main[2 * o + j / 2] >> 8 : c.main[2 * o + j / 2];
+    if constexpr (MAIN == 4) bits = c.main[o] >> 4 * j;
+    if constexpr (MAIN == 2) bits = c.main[o / 2] >> (o % 2 * 8 + 2 * j);
+    if constexpr (MAIN == 1) bits = c.main[o / 4] >> (o % 4 * 4 + j);
+    if constexpr (BITS != MAIN) bits &= 0x00010001u * ((1 << MAIN) - 1);
+    if constexpr (HAS_2) {
+        // Sixteen bits for a word of eight codes: the second four go to the upper half.
+        const u32 two = __byte_perm(c.two[o / 2], 0, o % 2 ? 0x4342 : 0x4140);
+        bits |= (j < 2 ? two << (4 - 2 * j) : two >> (2 * j - 4)) & 0x00300030;
     }
+    if constexpr (HAS_1) {
+        constexpr int HIGH = BITS - 1;
+        u32 one;
+        if constexpr (MAIN == 4) {
+            const u32 eight = c.one[o / 4] >> (o % 4 * 8) & 0xff;
+            one = eight | eight << 12;
+        } else {
+            const u32 sixteen = __byte_perm(c.one[o / 4], 0, o / 2 % 2 ? 0x4342 : 0x4140);
+            one = o % 2 ? sixteen >> 4 : sixteen;
+        }
+        bits |= (j < HIGH ? one << (HIGH - j) : one >> (j - HIGH)) & (0x00010001u << HIGH);
+    }
+    return bits;
 }
 
 constexpr bool HAS_TABLE = KIND == TABLE || KIND == VECTOR;
 constexpr int TABLE_WORDS = HAS_TABLE ? 256 * COPIES : 1;
+
+// Floats of BITS bits in the halves of a word, brought to their places in a bf16. What a shift brings across the halves
+// is masked.
+__device__ __forceinline__ u32 float_pair(u32 bits) {
+    constexpr u32 MAGNITUDE = ((1u << (BITS - 1)) - 1) << (7 - MANTISSA);
+    const u32 value = (bits << (16 - BITS) & 0x80008000) | (bits << (7 - MANTISSA) & 0x00010001u * MAGNITUDE);
+    // Where a scale in bf16 follows, it carries the power of two.
+    return FOLDED ? value : mul2(value, 0x00010001u * ((127 + RESCALE) << 7));
+}
 
 // Copies of the table, interleaved, so that the lanes of a warp mostly find different banks. Returns the shared-memory
 // address of this lane's copy; every thread of the block calls it and waits for the others before it looks anything up.
@@ -160,45 +239,33 @@ __device__ __forceinline__ u32 fill_table(u32 *tables, const Arguments &a) {
             tables[i] = t[low] | (u32)t[high] << 16;
         }
     }
-    return (u32)__cvta_generic_to_shared(tables) + threadIdx.x % COPIES * 4;
+    return shared_address(tables) + threadIdx.x % COPIES * 4;
 }
 
-// Entry (index >> 5) & 255 of this lane's copy of the table, which starts at the shared-memory address `table`.
+// Entry (index >> ENTRY_SHIFT) & 255 of this lane's copy of the table, which starts at the shared-memory address `table`.
 __device__ __forceinline__ u32 look_up(u32 table, u32 index) {
     u32 entry;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"((index & 0x1fe0) + table));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"((index & 0xff << ENTRY_SHIFT) + table));
     return entry;
 }
 
-// The four bf16 pairs of one octet before scaling. `base` is 128 + zero point (or offset) for integers.
-__device__ __forceinline__ void decode(const Chunk &c, int o, u32 base, u32 table, u32 (&w)[4]) {
-    if constexpr (BYTES) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = look_up(table, i == 0 ? c.main[o] << 5 : c.main[o] >> (8 * i - 5));
-        return;
+// Pair j of octet o in bf16, before scaling. `base` is 128 + zero point (or offset) for integers.
+__device__ __forceinline__ u32 decode(const Chunk &c, int o, int j, u32 base, u32 table) {
+    if constexpr (BYTES) return look_up(table, j == 0 ? c.main[o] << ENTRY_SHIFT : c.main[o] >> (8 * j - ENTRY_SHIFT));
+    if constexpr (KIND == INT && BITS == 1 && !ZERO) return one_if_set(c.main[o / 4] << (15 - o % 4 * 4 - j));  // 2 code - 1
+    constexpr u32 CODE = 0x00010001u * ((1u << BITS) - 1);
+    const u32 bits = pair_bits(c, o, j);
+    if constexpr (KIND == INT && BITS == 8) {
+        // int8: (128 + low 7 bits) - (128 + 128 * top bit); unsigned codes have their top bit flipped first.
+        const u32 t = ZERO ? bits ^ 0x00800080 : bits;
+        const u32 w = sub2(mask_or(t, 0x007f007f, 0x43004300), mask_or(t, 0x00800080, 0x43004300));
+        return ZERO ? sub2(w, base) : w;
     }
-    u32 v[4];
-    octet_codes(c, o, v);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if constexpr (KIND == INT && BITS == 8) {
-            // int8: (128 + low 7 bits) - (128 + 128 * top bit); unsigned codes have their top bit flipped first.
-            u32 t = ZERO ? v[j] ^ 0x00800080 : v[j];
-            w[j] = sub2(mask_or(t, 0x007f007f, 0x43004300), mask_or(t, 0x00800080, 0x43004300));
-            if constexpr (ZERO) w[j] = sub2(w[j], base);
-        } else if constexpr (KIND == INT) {
-            // 128 + code, less 128 + zero point. The mask is idle for clean codes and free.
-            w[j] = sub2(mask_or(v[j], 0x00010001u * ((1 << BITS) - 1), 0x43004300), base);
-            if constexpr (BITS == 1 && !ZERO) w[j] = sub2(mul2(w[j], 0x40004000), 0x3f803f80);  // 2 code - 1
-        } else if constexpr (KIND == FLOAT) {
-            constexpr u32 sign = 0x00010001u << (BITS - 1), magnitude = 0x00010001u * ((1u << (BITS - 1)) - 1);
-            u32 bits = (v[j] & sign) << (16 - BITS) | (v[j] & magnitude) << (7 - MANTISSA);
-            // Where a scale in bf16 follows, it carries the power of two.
-            w[j] = FOLDED ? bits : mul2(bits, 0x00010001u * ((127 + RESCALE) << 7));
-        } else {
-            w[j] = look_up(table, (v[j] | v[j] >> 12) << 5);
-        }
-    }
+    // 128 + code, less 128 + zero point. The mask is idle for clean codes and free.
+    if constexpr (KIND == INT) return sub2(mask_or(bits, CODE, 0x43004300), base);
+    if constexpr (KIND == FLOAT) return float_pair(bits);
+    const u32 codes = bits & CODE;
+    return look_up(table, (codes | codes >> 12) << ENTRY_SHIFT);
 }
 
 // A scale as it lies in memory; loading and converting are apart so that a kernel can load early.
@@ -207,14 +274,73 @@ struct RawScale {
     float outer;
 };
 
-__device__ __forceinline__ RawScale load_scale(const Arguments &a, long long row, int column) {
-    long long i = (a.scale_rows == 1 ? 0 : row / SCALE_N) * a.scale_columns + column;
+// Where the scales of a row begin.
+struct ScaleRow {
+    long long first;
+    const float *outer;
+};
+
+__device__ __forceinline__ ScaleRow scale_row(const Arguments &a, long long row) {
+    return {(a.scale_rows == 1 ? 0 : row / SCALE_N) * a.scale_columns, OUTER_K > 0 ? a.outer + row * a.outer_columns : nullptr};
+}
+
+constexpr int SCALE_BYTES = SCALE_TYPE == FP32 ? 4 : SCALE_TYPE == BF16 ? 2 : 1;
+
+__device__ __forceinline__ float load_outer(const ScaleRow &row, int column) {
+    return OUTER_K > 0 ? __ldg(row.outer + column / (OUTER_K > 0 ? OUTER_K / GROUP : 1)) : 1.f;
+}
+
+__device__ __forceinline__ RawScale load_scale(const Arguments &a, const ScaleRow &row, int column) {
     RawScale s;
-    if constexpr (SCALE_TYPE == FP32) s.bits = __ldg((const u32 *)a.scale + i);
-    else if constexpr (SCALE_TYPE == BF16) s.bits = __ldg((const u16 *)a.scale + i);
-    else s.bits = __ldg((const u8 *)a.scale + i);
-    if constexpr (OUTER_K > 0) s.outer = __ldg(a.outer + row * a.outer_columns + column / (OUTER_K > 0 ? OUTER_K / GROUP : 1));
+    const u8 *from = (const u8 *)a.scale + (row.first + column) * SCALE_BYTES;
+    if constexpr (SCALE_BYTES == 4) s.bits = __ldg((const u32 *)from);
+    else if constexpr (SCALE_BYTES == 2) s.bits = __ldg((const u16 *)from);
+    else s.bits = __ldg(from);
+    s.outer = load_outer(row, column);
     return s;
+}
+
+// A scale as the factor of decoded pairs. What does not fit a bf16 goes into a second one, so that a product is rounded once.
+constexpr bool TWO_FACTORS = SCALE_MODE == PER_CHUNK && (SCALE_TYPE == FP32 || OUTER_K > 0);
+
+struct Factor {
+    u32 high, low;
+};
+
+__device__ __forceinline__ Factor factor_of(float scale) {
+    const float s = scale * FOLD;
+    if constexpr (TWO_FACTORS) {
+        const u16 high = narrow(s);
+        return {high * 0x00010001u, pair(s - wide(high))};
+    }
+    return {__byte_perm(__float_as_uint(s), 0, 0x3232), 0};  // is a bf16 already
+}
+
+__device__ __forceinline__ u32 scaled(u32 w, Factor f) {
+    return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high);
+}
+
+// Small elements that lie side by side, in one load: COUNT of BYTES each, the first at a multiple of COUNT * BYTES.
+template <int BYTES, int COUNT>
+__device__ __forceinline__ void load_run(u32 (&out)[COUNT], const u8 *from) {
+    constexpr int ALL = BYTES * COUNT;
+    u32 words[(ALL + 3) / 4];
+    if constexpr (ALL == 16) {
+        const uint4 v = __ldg((const uint4 *)from);
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (ALL == 8) {
+        const uint2 v = __ldg((const uint2 *)from);
+        words[0] = v.x, words[1] = v.y;
+    } else if constexpr (ALL == 4) {
+        words[0] = __ldg((const u32 *)from);
+    } else if constexpr (ALL == 2) {
+        words[0] = __ldg((const u16 *)from);
+    } else {
+        words[0] = __ldg(from);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        out[i] = BYTES == 4 ? words[i] : words[i * BYTES / 4] >> i * BYTES % 4 * 8 & (BYTES == 2 ? 0xffffu : 0xffu);
 }
 
 __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
@@ -223,8 +349,9 @@ __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
     if constexpr (SCALE_TYPE == BF16) s = wide(raw.bits);
     if constexpr (SCALE_TYPE == INT8) s = (float)(signed char)raw.bits;
     if constexpr (SCALE_TYPE == E8M0) {
+        // 2^(e - 127); 0 stands for 2^-127, 255 for NaN.
         const u32 e = raw.bits;
-        s = __uint_as_float(e == 0 ? 0x00400000u : e == 255 ? 0x7fffffffu : e << 23);
+        s = __uint_as_float(max(e << 23, 0x00400000u) + (e + 1 >> 8));
     }
     if constexpr (SCALE_TYPE == E4M3) s = __uint_as_float((raw.bits & 0x80) << 24 | (raw.bits & 0x7f) << 20) * 0x1p120f;
     if constexpr (OUTER_K > 0) s *= raw.outer;
@@ -232,33 +359,39 @@ __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
     return s;
 }
 
-__device__ __forceinline__ float scale_at(const Arguments &a, long long row, int column) {
-    return scale_value(a, load_scale(a, row, column));
+// What is left after the sum over K, for outputs of one row of W.
+struct Finish {
+    float scale, bias;
+};
+
+__device__ __forceinline__ Finish finish_of(const Arguments &a, int n) {
+    Finish f = {1, 0};
+    if constexpr (SCALE_MODE == PER_ROW) f.scale = scale_value(a, load_scale(a, scale_row(a, n), 0));
+    if (a.bias) f.bias = a.bias_fp32 ? ((const float *)a.bias)[n] : wide(((const u16 *)a.bias)[n]);
+    return f;
 }
 
-// What is left after the sum over K, of output `v` at row n of W and the given token.
-__device__ __forceinline__ float finish(const Arguments &a, float v, int n, int token) {
-    if constexpr (SCALE_MODE == PER_ROW) v *= scale_at(a, n, 0);
+// The scale that a quantized activation has for a token, 1 for others.
+__device__ __forceinline__ float token_scale(const Arguments &a, int token) {
+    return a.row_scale ? __ldg(a.row_scale + (a.row_scales == 1 ? 0 : token)) : 1.f;
+}
+
+__device__ __forceinline__ float finish(const Arguments &a, float v, Finish f, float token_scale) {
+    if constexpr (SCALE_MODE == PER_ROW) v *= f.scale;
     if constexpr (FOLDED) v *= (float)(1 << (RESCALE > 118 ? RESCALE - 118 : 0));
     if constexpr (OUTER_K == 0) v *= __ldg(a.outer);
-    if (a.row_scale) v *= __ldg(a.row_scale + (a.row_scales == 1 ? 0 : token));
-    if (a.bias) v += a.bias_fp32 ? ((const float *)a.bias)[n] : wide(((const u16 *)a.bias)[n]);
-    return v;
+    return v * token_scale + f.bias;
 }
 
-__device__ __forceinline__ u32 load_zero(const Arguments &a, long long row, int column) {
+__device__ __forceinline__ u32 load_zero(const Arguments &a, const ScaleRow &row, int column) {
     if constexpr (!ZERO) return 0;
-    return __ldg(a.zero + (a.scale_rows == 1 ? 0 : row / SCALE_N) * a.scale_columns + column);
+    return __ldg(a.zero + row.first + column);
 }
 
 // What `decode` takes off integers, as a pair.
 __device__ __forceinline__ u32 base_value(u32 zero) {
     if constexpr (KIND != INT) return 0;
     const float bias = BITS == 8 ? -128.f : 128.f;
-    if constexpr (!ZERO) return pair(BITS == 1 ? bias : bias + (1 << (BITS - 1)));
+    if constexpr (!ZERO) return pair(bias + (1 << (BITS - 1)));
     return pair(bias + zero);
-}
-
-__device__ __forceinline__ u32 base_at(const Arguments &a, long long row, int column) {
-    return base_value(load_zero(a, row, column));
 }

@@ -24,6 +24,7 @@ import torch
 from lowbit.cache import cache_dir
 from lowbit.errors import see
 from lowbit.kernels.problem import UnsupportedError
+from lowbit.kernels.triton.launch import multiprocessors
 
 Defines = tuple[tuple[str, int], ...]
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -129,12 +130,9 @@ class CudaKernel:
 
     Args:
         prelude: code put before the source.
-        shared: dynamic shared memory per block, in bytes.
     """
 
-    def __init__(
-        self, source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "", shared: int = 0
-    ) -> None:
+    def __init__(self, source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "") -> None:
         from cuda.bindings import driver
 
         if torch.cuda.is_current_stream_capturing():
@@ -149,44 +147,92 @@ class CudaKernel:
             torch.cuda.current_stream()  # makes the primary context current
             module = _check(driver.cuModuleLoadData(code), "cuModuleLoadData")
             self.function = _check(driver.cuModuleGetFunction(module, kernel.encode()), "cuModuleGetFunction")
-            if shared > 48 << 10:
-                limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _check(driver.cuFuncSetAttribute(self.function, limit, shared), "cuFuncSetAttribute")
-        self._shared = shared
-        self._driver = driver
+            # Blocks may take all the shared memory that there is beside what the source declares.
+            of = driver.CUfunction_attribute
+            found = driver.cuFuncGetAttribute(of.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self.function)
+            declared = _check(found, "cuFuncGetAttribute")
+            properties: Any = torch.cuda.get_device_properties(device)
+            most = properties.shared_memory_per_block_optin - declared
+            limit = of.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self.function, limit, most), "cuFuncSetAttribute")
+        self.name, self.device = kernel, device
+        self._driver, self._handle = driver, int(self.function)
+        self._resident: dict[tuple[int, int, int], int] = {}
 
-    def __call__(self, grid: int, threads: int, *arguments: Any, early: bool = False) -> None:
+    def resident(self, threads: int, shared: int, cluster: int = 1) -> int:
+        """Clusters of `cluster` blocks that the whole current device holds at once."""
+        key = (threads, shared, cluster)
+        if key not in self._resident:
+            config, attribute = self._config(cluster, threads, shared), self._driver.CUlaunchAttribute()
+            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attribute.value.clusterDim
+            size.x, size.y, size.z = cluster, 1, 1
+            config.attrs, config.numAttrs = [attribute], 1
+            if cluster > 1:
+                found = _check(self._driver.cuOccupancyMaxActiveClusters(self.function, config), "occupancy")
+            else:
+                count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, shared)
+                found = _check(count, "occupancy") * multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+            self._resident[key] = found
+        return self._resident[key]
+
+    def _config(self, grid: int, threads: int, shared: int) -> Any:
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        return config
+
+    def __call__(self, grid: int, threads: int, *arguments: Any, shared: int = 0, early: bool = False) -> None:
         """Launch on the current stream of the current device, which must be the kernel's.
 
         Args:
             arguments: ctypes objects, the kernel's parameters, passed by value.
+            shared: dynamic shared memory per block, in bytes.
             early: the kernel may start before the one before it on the stream has ended; it waits for it itself
                 (programmatic dependent launch).
         """
-        driver = self._driver
         parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        stream = torch.cuda.current_stream().cuda_stream
-        if not early:
-            where = ctypes.addressof(parameters)
-            launched = driver.cuLaunchKernel(self.function, grid, 1, 1, threads, 1, 1, self._shared, stream, where, 0)
-            _check(launched, "cuLaunchKernel")
-            return
-        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes, config.hStream = self._shared, driver.CUstream(stream)
-        config.attrs, config.numAttrs = [attribute], 1
-        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(parameters), 0), "cuLaunchKernelEx")
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        attributes = ctypes.addressof(_EARLY) if early else None
+        config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared, stream, attributes, int(early))
+        status = _launcher()(ctypes.addressof(config), self._handle, ctypes.addressof(parameters), None)
+        if status:
+            _check((self._driver.CUresult(status),), f"cuLaunchKernelEx of {self.name}")
 
 
-def load(
-    source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "", shared: int = 0
-) -> CudaKernel:
+class _LaunchConfig(ctypes.Structure):
+    """`CUlaunchConfig` of the driver API."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint), ("block_y", ctypes.c_uint), ("block_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """`CUlaunchAttribute` of the driver API: a kind, and 64 bytes for its value."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+_EARLY = _LaunchAttribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+@cache
+def _launcher() -> Any:
+    """`cuLaunchKernelEx` through ctypes, whose structures are filled faster than those of cuda.bindings."""
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.argtypes, launch.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
+    return launch
+
+
+def load(source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "") -> CudaKernel:
     """The kernel compiled with `defines`, once per process and device; safe to call from several threads."""
     with _lock:
-        return _load(source_name, kernel, defines, device, prelude, shared)
+        return _load(source_name, kernel, defines, device, prelude)
 
 
 _load = cache(CudaKernel)

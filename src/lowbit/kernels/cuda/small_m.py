@@ -1,9 +1,10 @@
-"""Weight-only matmul for up to 32 tokens in CUDA C++ (`small_m.cu`): reads the canonical planes once, at the speed of
-memory. Here a format's declarations become the kernel's constants."""
+"""Weight-only matmul for up to 16 tokens in CUDA C++ (`small_m.cu`): reads the canonical planes once, at the speed of
+memory. Here a format's declarations become the constants of the CUDA C++ kernels."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -14,15 +15,17 @@ from lowbit.formats.base import Format
 from lowbit.formats.elements import FloatElement, IntElement, TableElement
 from lowbit.kernels.cuda import loader
 from lowbit.kernels.cuda.loader import Defines
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Problem, capability
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 MAX_TOKENS = 16
-THREADS = 256
+WARPS, ROWS, STAGES = 8, 16, 4  # as in small_m.cu
+# Dynamic shared memory with which two blocks fit a multiprocessor of Hopper, and the most of one block.
+SHARED_OF_TWO, SHARED_OF_ONE = 96 << 10, 196 << 10
 
 # The names of small_m.cu.
 _INT, _FLOAT, _TABLE, _VECTOR = range(4)
-_PER_ROW, _PER_STEP, _PER_CHUNK = range(3)
+PER_ROW, PER_STEP, PER_CHUNK = range(3)
 _SCALE_TYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -47,17 +50,27 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def chunk(fmt: Format) -> int:
-    """Weights of a row that one lane takes at once: 16 bytes of the widest plane."""
+def chunk(fmt: Format, quad: int = 16) -> int:
+    """Weights in `quad` bytes of the widest plane."""
     main = max(width for _, width, _ in fmt.element.code_planes)
-    return 128 // main * fmt.element.vector
+    return quad * 8 // main * fmt.element.vector
+
+
+def has_table(fmt: Format) -> bool:
+    """Whether codes are looked up in a table in shared memory."""
+    return isinstance(fmt.element, TableElement)
 
 
 @cache
-def constants(fmt: Format) -> Defines | str:
-    """The kernel's constants for a format, or why it has no instance of this kernel."""
-    e, size, step = fmt.element, chunk(fmt), 4 * chunk(fmt)
-    defines = {"BITS": e.bits, "MANTISSA": 0, "RESCALE": 0, "TABLE_FP32": 0}
+def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str:
+    """The kernels' constants for a format, or why it has no instance.
+
+    Args:
+        quads: bytes that a lane may take at once. The largest with which four lanes stay inside a group is chosen, so
+            that scales multiply fp32 sums.
+    """
+    e, size = fmt.element, chunk(fmt)
+    defines = {"QUAD": 16, "BITS": e.bits, "MANTISSA": 0, "RESCALE": 0, "TABLE_FP32": 0}
     if isinstance(e, IntElement):
         defines["KIND"] = _INT
     elif isinstance(e, FloatElement):
@@ -71,12 +84,13 @@ def constants(fmt: Format) -> Defines | str:
     if scale.dtype not in _SCALE_TYPES:
         return f"scales are {scale.dtype}"
     defines |= {"SCALE_TYPE": _SCALE_TYPES[scale.dtype], "SCALE_N": scale.n or 1, "GROUP": scale.k or 1}
+    fitting = [q for q in quads if scale.k and scale.k % (4 * chunk(fmt, q)) == 0 and chunk(fmt, q) >= 8]
     if scale.k is None:
-        defines["SCALE_MODE"] = _PER_ROW
-    elif scale.k % step == 0:
-        defines["SCALE_MODE"] = _PER_STEP
+        defines["SCALE_MODE"] = PER_ROW
+    elif fitting:
+        defines |= {"SCALE_MODE": PER_STEP, "QUAD": fitting[0]}
     elif scale.k % size == 0 or (size % scale.k == 0 and scale.k % 8 == 0):
-        defines["SCALE_MODE"] = _PER_CHUNK
+        defines["SCALE_MODE"] = PER_CHUNK
     else:
         return f"groups of {scale.k} do not line up with the {size} weights a lane takes"
     if fmt.has("zero_point") and fmt.plane("zero_point").tile != scale.tile:
@@ -91,24 +105,48 @@ def constants(fmt: Format) -> Defines | str:
     return tuple(sorted(defines.items()))
 
 
-def max_tokens(fmt: Format) -> int:
-    """How many tokens this kernel is the fastest for, as measured on an H100 (docs/measured.md).
+@cache
+def cluster_for(fmt: Format, m: int, n: int, k: int, sms: int, arch: tuple[int, int]) -> int:
+    """Blocks that share K: what takes the fewest instructions of the busiest warp, counted in the machine code."""
+    segments, tiles = -(-k // chunk(fmt, 64)), -(-n // ROWS)
 
-    Above 8 it reads the activations from L2 too often, and the Triton kernel wins where decoding costs that one
-    little: integers of 4 and 8 bits, and 8-bit floats with one scale per row.
-    """
+    def cost(cluster: int) -> float:
+        resident = sms * (2 if shared_bytes(fmt, m, k, cluster) <= SHARED_OF_TWO else 1)
+        rounds = -(-tiles // max(1, min(tiles, resident // cluster)))
+        per_tile = math.ceil(math.ceil(segments / cluster) / WARPS)
+        # A block that has a multiprocessor for itself runs faster, but not twice as fast. Blocks of a cluster wait for
+        # each other at every tile.
+        return rounds * (per_tile * 170 + (60 if cluster == 1 else 500)) * (2 if resident > sms else 1.3)
+
+    fitting = [c for c in (1, 2, 4, 8) if c <= segments and (c == 1 or arch >= (9, 0))]
+    fitting = [c for c in fitting if shared_bytes(fmt, m, k, c) <= SHARED_OF_ONE] or [max(fitting)]
+    return min(fitting, key=cost)
+
+
+def shared_bytes(fmt: Format, m: int, k: int, cluster: int) -> int:
+    """Dynamic shared memory of a block: its share of the activations, and the rings of its warps."""
+    segment = chunk(fmt, 64)
+    row = sum(width * segment // fmt.element.vector // 8 for _, width, _ in fmt.element.code_planes)
+    segments = math.ceil(math.ceil(k / segment) / cluster)
+    return segments * segment * 2 * m + WARPS * STAGES * ROWS * row
+
+
+def is_cheap(fmt: Format) -> bool:
+    """Whether the portable kernel decodes a format with few instructions: integers of 4 and 8 bits and 8-bit floats."""
     e, group = fmt.element, fmt.plane("scale").k
     by_row = group is None or group % 128 == 0
-    cheap = isinstance(e, IntElement) and e.bits in (4, 8) and (by_row or group == 32)
-    cheap = cheap or (isinstance(e, FloatElement) and e.bits == 8 and by_row)
-    return 8 if cheap else MAX_TOKENS
+    if isinstance(e, IntElement):
+        return e.bits in (4, 8) and (by_row or group == 32) and not fmt.has("zero_point")
+    return isinstance(e, FloatElement) and e.bits == 8 and by_row
 
 
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
     fmt, act = problem.weight, problem.activation
-    if problem.m > max_tokens(fmt):
-        return f"M = {problem.m} is above {max_tokens(fmt)}, where other kernels are faster"
+    # Measured on an H100 (docs/measured.md): above 8 tokens the activations come from L2 too often.
+    most = 8 if is_cheap(fmt) or problem.arch == (9, 0) else MAX_TOKENS
+    if problem.m > most:
+        return f"M = {problem.m} is above {most}, where other kernels are faster"
     if problem.dtype != torch.bfloat16:
         return f"written for bf16, got {problem.dtype}"
     if problem.arch is not None and problem.arch < (8, 0):
@@ -118,7 +156,19 @@ def why_not(problem: Problem) -> str | None:
     if problem.k % chunk(fmt):
         return f"K = {problem.k} is no multiple of the {chunk(fmt)} weights that a lane takes"
     reason = constants(fmt)
-    return reason if isinstance(reason, str) else loader.missing()
+    if isinstance(reason, str):
+        return reason
+    arch = problem.arch or (9, 0)
+    shared = shared_bytes(fmt, problem.m, problem.k, cluster_for(fmt, problem.m, problem.n, problem.k, 132, arch))
+    if shared > SHARED_OF_ONE:
+        return f"{problem.m} x {problem.k} activations need {shared >> 10} KiB of shared memory"
+    return loader.missing()
+
+
+def describe(problem: Problem) -> str:
+    """The instance for a problem, on a GPU with as many multiprocessors as an H100."""
+    arch = problem.arch or (9, 0)
+    return f"cluster {cluster_for(problem.weight, problem.m, problem.n, problem.k, 132, arch)}"
 
 
 def small_m(
@@ -133,15 +183,6 @@ def small_m(
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
 
-def row_tiles_for(fmt: Format, m: int, n: int, device: torch.device) -> int:
-    """Tiles of 16 rows of W per block. Two read the activations half as often, which pays for more than 8 tokens, and
-    for codes of less than 8 bits where that leaves blocks enough for every multiprocessor."""
-    if m > 8:
-        return 2
-    blocks = multiprocessors(device)
-    return 2 if fmt.element.bits // fmt.element.vector < 8 and n >= 32 * blocks else 1
-
-
 def launch(
     x: Tensor,
     planes: Mapping[str, Tensor],
@@ -149,22 +190,41 @@ def launch(
     n: int,
     bias: Tensor | None = None,
     row_scale: Tensor | None = None,
-    row_tiles: int | None = None,
+    cluster: int | None = None,
 ) -> Tensor:
     """`y (M, N)` bf16 from `x (M, K)` bf16, M <= 16.
 
     Args:
         row_scale: fp32 `(M or 1, 1)`, multiplied into the result.
-        row_tiles: 1 or 2, instead of the rule's choice.
+        cluster: 1, 2, 4 or 8 blocks that share K, instead of the rule's choice.
     """
     m, k = x.shape
     y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
-    row_tiles = row_tiles or row_tiles_for(fmt, m, n, x.device)
-    kernel = _kernel(fmt, 1 if m <= 8 else 2, row_tiles, x.device.index)
-    a, keep = arguments(x, y, planes, fmt, bias, row_scale)
+    a, _keep = arguments(x, y, planes, fmt, bias, row_scale)
     with on_device(x):
-        kernel(-(-n // (16 * row_tiles)), THREADS, a)
+        kernel, grid, half, shared = _plan(fmt, m, n, k, x.device.index, cluster)
+        early = torch.cuda.is_current_stream_capturing()
+        kernel(grid, 32 * WARPS, a, ctypes.c_int(half), early=early, shared=shared)
     return y
+
+
+@cache
+def _plan(
+    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None
+) -> tuple[loader.CudaKernel, int, int, int]:
+    """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
+    sms = multiprocessors(torch.device("cuda", device))
+    cluster = cluster or cluster_for(fmt, m, n, k, sms, capability(device))
+    shared = shared_bytes(fmt, m, k, cluster)
+    defines = constants(fmt)
+    assert not isinstance(defines, str), defines
+    more = {"TOKEN_TILES": 1 if m <= 8 else 2, "CLUSTER": cluster, "WHOLE": int(k % chunk(fmt, 64) == 0)}
+    if has_table(fmt):
+        more["COPIES"] = 32 if m <= 8 and shared + (32 << 10) <= SHARED_OF_TWO else 8
+    kernel = loader.load("small_m.cu", "small_m", tuple(sorted((dict(defines) | more).items())), device)
+    resident = kernel.resident(32 * WARPS, shared, cluster)
+    grid = min(-(-n // ROWS), resident) * cluster
+    return kernel, grid, sms if cluster == 1 and grid == 2 * sms else 0, shared
 
 
 def arguments(
@@ -177,7 +237,8 @@ def arguments(
     def address(t: Tensor | None) -> int | None:
         if t is None:
             return None
-        keep.append(t.contiguous())
+        t = t.contiguous()
+        keep.append(t if t.data_ptr() % 16 == 0 else t.clone())
         return keep[-1].data_ptr()
 
     a = _Arguments(x=x.data_ptr(), y=y.data_ptr(), m=x.shape[0], n=y.shape[1], k=x.shape[1])
@@ -197,14 +258,6 @@ def arguments(
         a.bias = address(bias.float() if bias.dtype == torch.float16 else bias)
         a.bias_fp32 = int(bias.dtype != torch.bfloat16)
     return a, keep
-
-
-@cache
-def _kernel(fmt: Format, token_tiles: int, row_tiles: int, device: int) -> loader.CudaKernel:
-    defines = constants(fmt)
-    assert not isinstance(defines, str), defines
-    more = (("TOKEN_TILES", token_tiles), ("ROW_TILES", row_tiles), ("MIN_BLOCKS", 2))
-    return loader.load("small_m.cu", "small_m", defines + more, device)
 
 
 def _aligned(t: Tensor) -> Tensor:

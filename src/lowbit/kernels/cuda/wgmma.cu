@@ -1,56 +1,38 @@
 // y (M, N) = x (M, K) W (N, K)^T for tiles of TOKENS tokens; W in any format, straight from the canonical planes. bf16
 // activations, wgmma with the decoded weights in registers, fp32 accumulation in a fixed order. Hopper only.
 //
-// One producer warpgroup copies, two consumer warpgroups decode and multiply; each of these owns 64 * ROW_TILES rows. As
+// One producer warpgroup copies, CONSUMERS warpgroups decode and multiply; each of these owns 64 * ROW_TILES rows. As
 // in small_m.cu the order of K inside a product is free: a lane owns 16 consecutive bytes of its row (a chunk), so four
 // lanes own STEP consecutive weights. `pack_x` lays the activations out in that order, pair by pair, as images of shared
 // memory, and bulk copies bring them there; weights are neither packed nor shuffled and are read once.
 //
-// While the tensor cores multiply one octet (32 weights of K for four lanes), the next is decoded into other registers.
-// SPLIT blocks of a cluster share K and add their sums in the order of their ranks through distributed shared memory.
+// While the tensor cores multiply some steps of 16 weights, the next is decoded into other registers. Blocks stay for
+// the whole run: copies for the next tile are under way while a warp writes its outputs, and warpgroups drift apart, so
+// that one multiplies while another writes.
 //
-// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, SPLIT, X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS,
-// CONSUMER_REGS. `wgmma(acc, frag, descriptor)` for TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the
-// images.
+// Where tiles do not fill the blocks evenly, the work is cut along K into equal shares. A block goes through its share
+// from the end to the beginning: the parts of a tile that other blocks have are then their first, and belong to blocks of
+// lower numbers, which never wait for those of higher ones. Their sums are added in a fixed order.
+//
+// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), X_OCTETS (per stage of
+// activations), X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)` for
+// TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images.
 
 #include "decode.cuh"
 
-constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int ROWS = 64 * ROW_TILES * CONSUMERS;
-constexpr int X_STEPS = STEP / 64;  // stages of activations per stage of weights; two octets each
-constexpr int X_BYTES = TOKENS * 128;
-constexpr int TWO = HAS_2 ? CHUNK / 4 : 0, ONE = HAS_1 ? CHUNK / 8 : 0;  // bytes of a lane's chunk in the other planes
+constexpr int IMAGES = STEP / 64;  // per stage of weights; two octets each
+constexpr int IMAGE_BYTES = TOKENS * 128, X_BYTES = X_OCTETS / 2 * IMAGE_BYTES;
+constexpr int BATCH = 2;  // steps of 16 weights that are multiplied together; four proved no faster
+constexpr int BATCHES = 2 * OCTETS / BATCH;  // per step
+constexpr int X_STEPS = OCTETS / X_OCTETS;  // stages of activations per stage of weights
 constexpr int W_BYTES = ROWS * 4 * (16 + TWO + ONE);
 constexpr int W_THREADS = 64;  // of the producers, the others bring activations
-constexpr int SUM_STRIDE = ROWS + 4;     // of a token in the sums; 4 more keep a warp's stores in different banks
-
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\n"
-        "done:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-
-// Copies BYTES, or zeros.
-template <int BYTES>
-__device__ __forceinline__ void copy(u32 to, const void *from, bool valid) {
-    const int bytes = valid ? BYTES : 0;
-    if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
-    }
-}
+// Groups of whole steps multiply fp32 sums where these are few; else scales multiply the decoded pairs.
+constexpr bool SUMS = SCALE_MODE == PER_STEP;
+constexpr int OUT_TOKENS = TOKENS < 32 ? TOKENS : 32;  // that a warp writes at a time, through shared memory:
+constexpr int OUT_STRIDE = 48;                         // bytes of a token's 16 outputs there; 16 more for the banks
 
 // One plane of a tile: four chunks of BYTES of every row, from the byte `at` of the row. `rows` are byte offsets.
 template <int BYTES>
@@ -60,60 +42,158 @@ __device__ __forceinline__ void copy_plane(u32 to, const u8 *from, const u32 (&r
         copy<BYTES>(to + (i * W_THREADS + threadIdx.x) * BYTES, from + (valid ? rows[i] : 0), valid);
 }
 
-template <int BYTES>
-__device__ __forceinline__ void read_few(u32 (&out)[2], u32 from) {
-    if constexpr (BYTES == 8) asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(from));
-    else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out[0]) : "r"(from));
-}
-
 __device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, int row, int quad) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(c.main[0]), "=r"(c.main[1]), "=r"(c.main[2]), "=r"(c.main[3]) : "r"(stage + row * 64 + quad * 16));
-    if constexpr (HAS_2) read_few<TWO>(c.two, stage + ROWS * 64 + (row * 4 + quad) * TWO);
-    if constexpr (HAS_1) read_few<ONE>(c.one, stage + ROWS * (64 + 4 * TWO) + (row * 4 + quad) * ONE);
+    read_shared<16>(c.main, stage + row * 64 + quad * 16);
+    if constexpr (HAS_2) read_shared<TWO>(c.two, stage + ROWS * 64 + (row * 4 + quad) * TWO);
+    if constexpr (HAS_1) read_shared<ONE>(c.one, stage + ROWS * (64 + 4 * TWO) + (row * 4 + quad) * ONE);
 }
 
-__device__ __forceinline__ void sums_are_written() {
-    if constexpr (SPLIT > 1)
-        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else __syncthreads();
-}
-
-// Shared memory that others of the cluster still read must not go away.
-__device__ __forceinline__ void leave_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// Images of the activations: for every tile of TOKENS tokens and every stage along K the bytes of a ring's stage. A row
-// has 128 bytes in pieces of 16; piece c, which the swizzle moves to c ^ token % 8, holds for each of the four lanes the
-// pair c of the 16 weights which that lane owns in this stage. One thread per piece.
-extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *images, int m, int k, int stages) {
+// Images of the activations: for every tile of TOKENS tokens and every 64 weights of K the bytes that shared memory is to
+// hold. A row has 128 bytes in pieces of 16; piece c, which the swizzle moves to c ^ token % 8, holds for each of the four
+// lanes the pair c of the 16 weights which that lane owns there. One thread per piece.
+extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *images, int m, int k, int count, u32 *flags, int flag_count) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     const long long i = (long long)blockIdx.x * 256 + threadIdx.x;
+    if (i < flag_count) flags[i] = 0;
     const int place = i % 8, row = i / 8 % TOKENS, piece = place ^ row % 8;
-    const long long image = i / (8 * TOKENS);
-    const int stage = image % stages;
-    const long long token = image / stages * TOKENS + row;
+    const int image = i / (8 * TOKENS) % count;
+    const long long token = i / (8 * TOKENS) / count * TOKENS + row;
     if (token >= (m + TOKENS - 1) / TOKENS * TOKENS) return;
-    const int at = stage / X_STEPS * STEP + stage % X_STEPS * 16 + 2 * piece;
+    const Pair pair = pair_codes(image % IMAGES * 8 + piece);
     u32 word[4];
 #pragma unroll
-    for (int q = 0; q < 4; q++)
-        word[q] = token < m && at + q * CHUNK < k ? __ldg((const u32 *)(x + token * k + at + q * CHUNK)) : 0;
+    for (int q = 0; q < 4; q++) {
+        const int at = image / IMAGES * STEP + q * CHUNK;
+        const u16 *from = x + token * k + at;
+        word[q] = token < m && at < k ? __ldg(from + pair.first) | (u32)__ldg(from + pair.second) << 16 : 0;
+    }
     images[i] = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-#if SPLIT > 1
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS)
-#else
+// Where a tile lies. Token tiles are neighbours in time, up to eight of them, so that rows of W are read from memory
+// once.
+struct Tile {
+    int row, token;
+};
+
+__device__ __forceinline__ Tile tile_at(const Arguments &a, int tile) {
+    const int row_tiles = (a.n + ROWS - 1) / ROWS, token_tiles = (a.m + TOKENS - 1) / TOKENS;
+    const int band = tile / (8 * row_tiles), width = min(8, token_tiles - 8 * band), inside = tile - band * 8 * row_tiles;
+    return {inside / width * ROWS, (8 * band + inside % width) * TOKENS};
+}
+
+// A part of a tile: steps [begin, end) of K.
+struct Piece {
+    int tile, begin, end;
+};
+
+// The pieces of a block, one after the other. Tiles consist of `units` parts. Whole tiles (one unit) go around the
+// blocks; else block b has all units from first(b) to first(b + 1).
+struct Work {
+    int tiles, steps, units, at;
+
+    __device__ __forceinline__ Work(const Arguments &a, int units)
+        : tiles((a.n + ROWS - 1) / ROWS * ((a.m + TOKENS - 1) / TOKENS)), steps((a.k + STEP - 1) / STEP), units(units),
+          at(units == 1 ? blockIdx.x : first(blockIdx.x + 1)) {}
+
+    __device__ __forceinline__ int first(int block) const { return (long long)tiles * units * block / gridDim.x; }
+
+    __device__ __forceinline__ bool next(Piece &p) {
+        if (units == 1) {
+            p = {at, 0, steps};
+            at += gridDim.x;
+            return p.tile < tiles;
+        }
+        const int begin = first(blockIdx.x);
+        if (at <= begin) return false;
+        p.tile = (at - 1) / units;
+        p.end = (long long)steps * (at - p.tile * units) / units;
+        at = max(begin, p.tile * units);
+        p.begin = (long long)steps * (at - p.tile * units) / units;
+        return true;
+    }
+};
+
+// The threads of one consumer warpgroup wait for each other.
+__device__ __forceinline__ void group_barrier(int group) {
+    asm volatile("barrier.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+__device__ __forceinline__ void raise(u32 *flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+__device__ __forceinline__ void wait_for(const u32 *flag) {
+    u32 v;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+    while (!v);
+}
+
+// Sums of one warpgroup of a block, in the order of its registers.
+__device__ __forceinline__ float4 *sums_of(float4 *sums, int block, int group) {
+    return sums + (long long)(block * CONSUMERS + group) * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
+}
+
+// The 16 outputs of a warp for OUT_TOKENS tokens at a time: transposed in shared memory, written 16 bytes at a time.
+__device__ __forceinline__ void write_outputs(const Arguments &a, const float (&acc)[TOKENS / 2], int n, int first_token, u32 buffer) {
+    const int lane = threadIdx.x % 32, quad = lane % 4;
+    const Finish rows[2] = {finish_of(a, min(n + lane / 4, a.n - 1)), finish_of(a, min(n + lane / 4 + 8, a.n - 1))};
+#pragma unroll
+    for (int t = 0; t < TOKENS; t += OUT_TOKENS) {
+        if (first_token + t >= a.m) break;
+        // Two pairs of 8 x 8 matrices: rows 0..7 and 8..15 of eight tokens, then of the next eight.
+#pragma unroll
+        for (int j = 0; j < OUT_TOKENS / 8; j += 2) {
+            u32 words[4];
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                if (8 * (j + b) >= OUT_TOKENS) break;
+                const int token = first_token + t + 8 * (j + b) + 2 * quad;
+                const float scales[2] = {token_scale(a, min(token, a.m - 1)), token_scale(a, min(token + 1, a.m - 1))};
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float *v = &acc[(t / 8 + j + b) * 4 + 2 * h];
+                    words[2 * b + h] = narrow2(finish(a, v[0], rows[h], scales[0]), finish(a, v[1], rows[h], scales[1]));
+                }
+            }
+            const u32 to = buffer + (8 * (j + lane / 16) + lane % 8) * OUT_STRIDE + lane / 8 % 2 * 16;
+            if constexpr (OUT_TOKENS >= 16)
+                asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
+                             "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+            else
+                asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(words[0]), "r"(words[1])
+                             : "memory");
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < 2 * OUT_TOKENS; i += 32) {
+            const int token = first_token + t + i / 2, at = n + i % 2 * 8;
+            if (token >= a.m || at >= a.n) continue;
+            uint4 v;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(buffer + i / 2 * OUT_STRIDE + i % 2 * 16));
+            u16 *y = a.y + (long long)token * a.n + at;
+            if (a.n % 8 == 0) {
+                *(uint4 *)y = v;
+            } else {
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (at + e < a.n) y[e] = words[e / 2] >> e % 2 * 16;
+            }
+        }
+        __syncwarp();
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-#endif
-wgmma_kernel(const __grid_constant__ Arguments a) {
+wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int units) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) unsigned long long barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     // The 128-byte swizzle counts from multiples of 1024.
     const u32 x_ring = (shared_address(memory) + 1023) & ~1023u, w_ring = x_ring + X_STAGES * X_BYTES;
+    const u32 out = w_ring + W_STAGES * W_BYTES;
     const u32 full = shared_address(barriers), empty = full + 8 * X_STAGES, w_full = empty + 8 * X_STAGES,
               w_empty = w_full + 8 * W_STAGES;
     const u32 table = fill_table(tables, a);
@@ -124,190 +204,224 @@ wgmma_kernel(const __grid_constant__ Arguments a) {
     }
     __syncthreads();
 
-    // Token tiles are neighbours in time, up to eight of them, so that rows of W are read from memory once.
-    const int row_tiles = (a.n + ROWS - 1) / ROWS, token_tiles = (a.m + TOKENS - 1) / TOKENS;
-    const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;
-    const int band = tile / (8 * row_tiles), wide_band = min(8, token_tiles - 8 * band), inside = tile - band * 8 * row_tiles;
-    const int first = inside / wide_band * ROWS, first_token = (8 * band + inside % wide_band) * TOKENS;
-    const int steps = (a.k + STEP - 1) / STEP, begin = steps * rank / SPLIT, end = steps * (rank + 1) / SPLIT;
+    Work work(a, units);
+    Piece piece;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, quad = lane % 4;
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
+        int slot = 0;
+        u32 phase = 1;
         if (threadIdx.x < W_THREADS) {
             // A thread copies the same chunk of ROWS * 4 / W_THREADS rows in every step.
             constexpr int COUNT = ROWS * 4 / W_THREADS;
             const int chunk = threadIdx.x % 4;
-            u32 rows[COUNT], rows2[COUNT], rows1[COUNT];
+            while (work.next(piece)) {
+                const int first_row = tile_at(a, piece.tile).row;
+                u32 rows[COUNT], rows2[COUNT], rows1[COUNT];
 #pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                const u32 row = min(first + (int)threadIdx.x / 4 + i * (W_THREADS / 4), a.n - 1) - first;
-                rows[i] = row * (u32)a.stride;
-                if constexpr (HAS_2) rows2[i] = row * (u32)a.stride2;
-                if constexpr (HAS_1) rows1[i] = row * (u32)a.stride1;
-            }
-            const u8 *codes = a.codes + first * a.stride + begin * 64 + chunk * 16;
-            const u8 *codes2 = a.codes2 + first * a.stride2 + begin * 4 * TWO + chunk * TWO;
-            const u8 *codes1 = a.codes1 + first * a.stride1 + begin * 4 * ONE + chunk * ONE;
-            int slot = 0;
-            u32 phase = 1;
-            for (int step = begin; step < end; step++) {
-                wait(w_empty + 8 * slot, phase);
-                const u32 to = w_ring + slot * W_BYTES;
-                const bool valid = step * STEP + chunk * CHUNK < a.k;
-                copy_plane<16>(to, valid ? codes : a.codes, rows, valid);
-                if constexpr (HAS_2) copy_plane<TWO>(to + ROWS * 64, valid ? codes2 : a.codes2, rows2, valid);
-                if constexpr (HAS_1) copy_plane<ONE>(to + ROWS * (64 + 4 * TWO), valid ? codes1 : a.codes1, rows1, valid);
-                asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(w_full + 8 * slot) : "memory");
-                codes += 64, codes2 += 4 * TWO, codes1 += 4 * ONE;
-                if (++slot == W_STAGES) slot = 0, phase ^= 1;
+                for (int i = 0; i < COUNT; i++) {
+                    const u32 row = min(first_row + (int)threadIdx.x / 4 + i * (W_THREADS / 4), a.n - 1) - first_row;
+                    rows[i] = row * (u32)a.stride;
+                    if constexpr (HAS_2) rows2[i] = row * (u32)a.stride2;
+                    if constexpr (HAS_1) rows1[i] = row * (u32)a.stride1;
+                }
+                const u8 *codes = a.codes + (long long)first_row * a.stride + piece.begin * 64 + chunk * 16;
+                const u8 *codes2 = a.codes2 + (long long)first_row * a.stride2 + piece.begin * 4 * TWO + chunk * TWO;
+                const u8 *codes1 = a.codes1 + (long long)first_row * a.stride1 + piece.begin * 4 * ONE + chunk * ONE;
+                for (int step = piece.begin; step < piece.end; step++) {
+                    wait_barrier(w_empty + 8 * slot, phase);
+                    const u32 to = w_ring + slot * W_BYTES;
+                    const bool valid = step * STEP + chunk * CHUNK < a.k;
+                    copy_plane<16>(to, valid ? codes : a.codes, rows, valid);
+                    if constexpr (HAS_2) copy_plane<TWO>(to + ROWS * 64, valid ? codes2 : a.codes2, rows2, valid);
+                    if constexpr (HAS_1) copy_plane<ONE>(to + ROWS * (64 + 4 * TWO), valid ? codes1 : a.codes1, rows1, valid);
+                    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(w_full + 8 * slot) : "memory");
+                    codes += 64, codes2 += 4 * TWO, codes1 += 4 * ONE;
+                    if (++slot == W_STAGES) slot = 0, phase ^= 1;
+                }
             }
             asm volatile("cp.async.wait_all;" ::: "memory");
         } else if (threadIdx.x == W_THREADS) {
             // The images are the work of the kernel before.
             asm volatile("griddepcontrol.wait;" ::: "memory");
-            const u8 *image = (const u8 *)a.x + ((long long)(first_token / TOKENS) * steps + begin) * X_STEPS * X_BYTES;
-            int slot = 0;
-            u32 phase = 1;
-            for (int stage = (end - begin) * X_STEPS; stage > 0; stage--) {
-                wait(empty + 8 * slot, phase);
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * slot), "n"(X_BYTES)
-                             : "memory");
-                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                                 x_ring + slot * X_BYTES),
-                             "l"(image), "n"(X_BYTES), "r"(full + 8 * slot)
-                             : "memory");
-                image += X_BYTES;
-                if (++slot == X_STAGES) slot = 0, phase ^= 1;
+            while (work.next(piece)) {
+                const long long step = (long long)(tile_at(a, piece.tile).token / TOKENS) * work.steps + piece.begin;
+                const u8 *images = (const u8 *)a.x + step * IMAGES * IMAGE_BYTES;
+                for (int stage = (piece.end - piece.begin) * X_STEPS; stage > 0; stage--) {
+                    wait_barrier(empty + 8 * slot, phase);
+                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * slot), "n"(X_BYTES)
+                                 : "memory");
+                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                                     x_ring + slot * X_BYTES),
+                                 "l"(images), "n"(X_BYTES), "r"(full + 8 * slot)
+                                 : "memory");
+                    images += X_BYTES;
+                    if (++slot == X_STAGES) slot = 0, phase ^= 1;
+                }
             }
         }
-        __syncwarp();
-        __syncthreads();
-        sums_are_written();
-        if constexpr (SPLIT > 1) leave_cluster();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
         const int group = threadIdx.x / 128 - 1, base_row = group * 64 * ROW_TILES + warp * 16 + lane / 4;
-        float acc[ROW_TILES][TOKENS / 2];
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-            for (int e = 0; e < TOKENS / 2; e++) acc[i][e] = 0;
-        u32 frag[2][ROW_TILES][8];
-        RawScale raw[ROW_TILES][2][SCALES];
-        u32 zero[ROW_TILES][2][SCALES];
-        auto load_scales = [&](int step) {
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-#pragma unroll
-                    for (int s = 0; s < SCALES; s++) {
-                        const int row = min(first + base_row + 64 * i + 8 * h, a.n - 1);
-                        const int k = min(step * STEP + quad * CHUNK + s * (CHUNK / SCALES), a.k - 1);
-                        const int column = SCALE_MODE == PER_ROW ? 0 : k / GROUP;
-                        if constexpr (SCALE_MODE != PER_ROW) raw[i][h][s] = load_scale(a, row, column);
-                        zero[i][h][s] = load_zero(a, row, column);
-                    }
-        };
-        if (begin < end) load_scales(begin);
         int slot = 0, w_slot = 0;
         u32 phase = 0, w_phase = 0;
-        for (int step = begin; step < end; step++) {
-            wait(w_full + 8 * w_slot, w_phase);
-            Chunk chunks[ROW_TILES][2];
-            u32 scale[ROW_TILES][2][SCALES], base[ROW_TILES][2][SCALES];
+        // What blocks tell each other lies where the kernel before put zeros.
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        while (work.next(piece)) {
+            const int begin = piece.begin, end = piece.end;
+            const Tile at = tile_at(a, piece.tile);
+            float acc[ROW_TILES][TOKENS / 2], part[ROW_TILES][TOKENS / 2], part_scale[ROW_TILES][2];
 #pragma unroll
             for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    read_chunk(chunks[i][h], w_ring + w_slot * W_BYTES, base_row + 64 * i + 8 * h, quad);
+                for (int e = 0; e < TOKENS / 2; e++) acc[i][e] = 0;
+            auto add_part = [&]() {
 #pragma unroll
-                    for (int s = 0; s < SCALES; s++) {
-                        if constexpr (SCALE_MODE != PER_ROW) scale[i][h][s] = pair(scale_value(a, raw[i][h][s]) * FOLD);
-                        base[i][h][s] = base_value(zero[i][h][s]);
-                    }
+                for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                    for (int e = 0; e < TOKENS / 2; e++) acc[i][e] += part[i][e] * part_scale[i][e / 2 % 2];
+            };
+            RawScale raw[ROW_TILES][2][SCALES];
+            u32 zero[ROW_TILES][2][SCALES];
+            ScaleRow scale_rows[ROW_TILES][2];
+            Chunk chunks[ROW_TILES][2];
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) scale_rows[i][h] = scale_row(a, min(at.row + base_row + 64 * i + 8 * h, a.n - 1));
+            auto load_scales = [&](int step) {
+#pragma unroll
+                for (int s = 0; s < SCALES; s++) {
+                    const int k = step * STEP + (SUMS ? 0 : quad * CHUNK + s * (CHUNK / SCALES));
+                    const int column = SCALE_MODE == PER_ROW ? 0 : min(k / GROUP, a.scale_columns - 1);
+#pragma unroll
+                    for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            if constexpr (SCALE_MODE != PER_ROW) raw[i][h][s] = load_scale(a, scale_rows[i][h], column);
+                            zero[i][h][s] = load_zero(a, scale_rows[i][h], column);
+                        }
                 }
-            __syncwarp();
-            if (lane == 0) arrive(w_empty + 8 * w_slot);
-            if (++w_slot == W_STAGES) w_slot = 0, w_phase ^= 1;
-            if (SCALE_MODE != PER_ROW && step + 1 < end) load_scales(step + 1);
+            };
+            auto read_weights = [&](Chunk(&to)[ROW_TILES][2]) {
+                wait_barrier(w_full + 8 * w_slot, w_phase);
 #pragma unroll
-            for (int o = 0; o < OCTETS; o++) {
+                for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) read_chunk(to[i][h], w_ring + w_slot * W_BYTES, base_row + 64 * i + 8 * h, quad);
+                __syncwarp();
+                if (lane == 0) arrive_barrier(w_empty + 8 * w_slot);
+                if (++w_slot == W_STAGES) w_slot = 0, w_phase ^= 1;
+            };
+            load_scales(begin);
+            read_weights(chunks);
+            for (int step = begin; step < end; step++) {
+                Factor factor[ROW_TILES][2][SCALES];
+                u32 base[ROW_TILES][2][SCALES], frag[2][BATCH][ROW_TILES][4];
+                float sum_scale[ROW_TILES][2];
+                Chunk following[ROW_TILES][2];
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
-                        u32 w[4];
-                        const int s = o * SCALES / OCTETS;
-                        decode(chunks[i][h], o, base[i][h][s], table, w);
 #pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            if constexpr (SCALE_MODE != PER_ROW) w[j] = mul2(w[j], scale[i][h][s]);
-                            frag[o % 2][i][j / 2 * 4 + j % 2 * 2 + h] = w[j];
+                        for (int s = 0; s < SCALES; s++) {
+                            if constexpr (SCALE_MODE == PER_CHUNK) factor[i][h][s] = factor_of(scale_value(a, raw[i][h][s]));
+                            base[i][h][s] = base_value(zero[i][h][s]);
+                        }
+                        if constexpr (SUMS) sum_scale[i][h] = scale_value(a, raw[i][h][0]);
+                    }
+                if (SCALE_MODE != PER_ROW && step + 1 < end) load_scales(step + 1);
+                // Batches of steps of 16 weights, half an octet each.
+#pragma unroll
+                for (int batch = 0; batch < BATCHES; batch++) {
+#pragma unroll
+                    for (int b = 0; b < BATCH; b++)
+#pragma unroll
+                        for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                            for (int h = 0; h < 2; h++)
+#pragma unroll
+                                for (int j = 0; j < 2; j++) {
+                                    const int o = (batch * BATCH + b) / 2, of = o * SCALES / OCTETS;
+                                    u32 w = decode(chunks[i][h], o, 2 * (b % 2) + j, base[i][h][of], table);
+                                    if constexpr (SCALE_MODE == PER_CHUNK) w = scaled(w, factor[i][h][of]);
+                                    frag[batch % 2][b][i][2 * j + h] = w;
+                                }
+                    const int place = batch * BATCH % (2 * X_OCTETS);  // in the stage of activations
+                    if (place == 0) wait_barrier(full + 8 * slot, phase);
+                    if (SUMS && batch == 0 && step > begin) {
+                        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                        add_part();
+                    }
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                    for (int b = 0; b < BATCH; b++) {
+                        const u32 images = x_ring + slot * X_BYTES + (place + b) / 4 * IMAGE_BYTES + (place + b) % 4 * 32;
+                        const unsigned long long descriptor = 1ull << 62 | 64ull << 32 | 1ull << 16 | images >> 4;
+#pragma unroll
+                        for (int i = 0; i < ROW_TILES; i++) {
+                            if constexpr (SUMS) wgmma(part[i], frag[batch % 2][b][i], descriptor, batch + b > 0);
+                            else wgmma(acc[i], frag[batch % 2][b][i], descriptor, 1);
                         }
                     }
-                if (o % 2 == 0) wait(full + 8 * slot, phase);
-                const u32 at = x_ring + slot * X_BYTES + o % 2 * 64;
-                const unsigned long long descriptor = 1ull << 62 | 64ull << 32 | 1ull << 16 | at >> 4;
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-#pragma unroll
-                    for (int i = 0; i < ROW_TILES; i++) wgmma(acc[i], &frag[o % 2][i][4 * half], descriptor + 2 * half);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                // The octet before is done; with it, at the start of a stage, the stage before.
-                if (o % 2 == 0 && (o > 0 || step > begin)) {
-                    if (lane == 0) arrive(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    // The batch before is done; with it, at the start of a stage, the stage before.
+                    if (place == 0 && (batch > 0 || step > begin)) {
+                        if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
+                    }
+                    if (place == 2 * X_OCTETS - BATCH && ++slot == X_STAGES) slot = 0, phase ^= 1;
+                    if (batch == BATCHES - 2 && step + 1 < end) read_weights(following);
                 }
-                if (o % 2 == 1 && ++slot == X_STAGES) slot = 0, phase ^= 1;
-            }
-        }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        __syncthreads();  // no one reads the rings any more
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-            for (int e = 0; e < TOKENS / 2; e++) {
-                const int row = base_row + 64 * i + e / 2 % 2 * 8, token = e / 4 * 8 + quad * 2 + e % 2;
-                asm volatile("st.shared.f32 [%0], %1;" ::"r"(x_ring + (token * SUM_STRIDE + row) * 4), "f"(acc[i][e]));
-            }
-        sums_are_written();
-        // Every block of the cluster finishes its share of the tokens, adding the sums in the order of the ranks.
-        constexpr int QUARTETS = ROWS / 4;
-        const int tokens = min(TOKENS, a.m - first_token), from = tokens * rank / SPLIT, to = tokens * (rank + 1) / SPLIT;
-        for (int e = threadIdx.x - 128 + from * QUARTETS; e < to * QUARTETS; e += 128 * CONSUMERS) {
-            const int token = e / QUARTETS, row = e % QUARTETS * 4, n = first + row;
-            if (n >= a.n) continue;
-            const u32 at = x_ring + (token * SUM_STRIDE + row) * 4;
-            float v[4];
-            if constexpr (SPLIT == 1) {
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(at));
-            } else {
-#pragma unroll
-                for (int c = 0; c < SPLIT; c++) {
-                    u32 there;
-                    float p[4];
-                    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(c));
-                    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                                 : "=f"(p[0]), "=f"(p[1]), "=f"(p[2]), "=f"(p[3]) : "r"(there));
-#pragma unroll
-                    for (int j = 0; j < 4; j++) v[j] = c == 0 ? p[j] : v[j] + p[j];
+                for (int i = 0; i < ROW_TILES; i++) {
+                    chunks[i][0] = following[i][0], chunks[i][1] = following[i][1];
+                    if constexpr (SUMS) part_scale[i][0] = sum_scale[i][0], part_scale[i][1] = sum_scale[i][1];
                 }
             }
-            const int absolute = first_token + token;
-            u16 *y = a.y + (long long)absolute * a.n + n;
-            if (a.n % 4 == 0) {
-                uint2 packed;
-                packed.x = narrow(finish(a, v[0], n, absolute)) | (u32)narrow(finish(a, v[1], n + 1, absolute)) << 16;
-                packed.y = narrow(finish(a, v[2], n + 2, absolute)) | (u32)narrow(finish(a, v[3], n + 3, absolute)) << 16;
-                *(uint2 *)y = packed;
-            } else {
-                for (int j = 0; j < 4 && n + j < a.n; j++) y[j] = narrow(finish(a, v[j], n + j, absolute));
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
+            if constexpr (SUMS) add_part();
+            if (end < work.steps) {
+                float4 *to = sums_of(sums, blockIdx.x, group);
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                    for (int e = 0; e < TOKENS / 8; e++) to[(i * (TOKENS / 8) + e) * 128] = *(float4 *)&acc[i][4 * e];
+                __threadfence();
+                group_barrier(group);
+                if (threadIdx.x % 128 == 0) raise(flags + blockIdx.x * CONSUMERS + group);
+                continue;
             }
+            if (begin > 0) {
+                // The blocks before have the other parts of this tile. Their sums are added in the order of these blocks;
+                // where they are few, those of several blocks are on their way together.
+                constexpr int TOGETHER = ROW_TILES * TOKENS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * TOKENS / 8;
+                int first = blockIdx.x - 1;
+                while (first > 0 && work.first(first) > piece.tile * units) first--;
+                for (int block = first + threadIdx.x % 128; block < blockIdx.x; block += 128) wait_for(flags + block * CONSUMERS + group);
+                group_barrier(group);
+                for (int block = blockIdx.x - 1; block >= first; block -= TOGETHER) {
+                    float4 v[TOGETHER][QUARTETS];
+#pragma unroll
+                    for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+                        for (int e = 0; e < QUARTETS; e++)
+                            v[t][e] = block - t >= first ? __ldcg(sums_of(sums, block - t, group) + e * 128) : float4{0, 0, 0, 0};
+#pragma unroll
+                    for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+                        for (int e = 0; e < QUARTETS; e++) {
+                            float *to = &acc[e / (TOKENS / 8)][e % (TOKENS / 8) * 4];
+                            to[0] += v[t][e].x, to[1] += v[t][e].y, to[2] += v[t][e].z, to[3] += v[t][e].w;
+                        }
+                }
+            }
+            const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_TOKENS * OUT_STRIDE;
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], at.row + base_row - lane / 4 + 64 * i, at.token, buffer);
         }
-        if constexpr (SPLIT > 1) leave_cluster();
     }
 }

@@ -4,21 +4,24 @@ registers, read from the canonical planes."""
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.kernels.cuda import loader, small_m
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Problem, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
-THREADS = 384
 # What a block may use, less what lies beside the rings (barriers and tables).
 SHARED_PER_BLOCK = 216 << 10
+# Outputs of a thread, halved, up to which scales multiply fp32 sums: more would spill registers.
+MOST_SUMMED = 64
 
 
 @dataclass(frozen=True)
@@ -27,87 +30,133 @@ class Config:
 
     Attributes:
         tokens: columns of a tile, a multiple of 8 up to 256.
-        row_tiles: of 128 rows of W per block, 1 or 2.
-        split: blocks of a cluster that share K: 1, 2, 4 or 8.
+        row_tiles: tiles of 64 rows of W per warpgroup, 1 or 2.
+        cut: whether tiles are cut along K so that every block has the same share of the work.
         blocks: resident per multiprocessor, 1 or 2.
+        warpgroups: that decode and multiply, 2 or 4.
     """
 
     tokens: int
     row_tiles: int = 1
-    split: int = 1
+    cut: bool = False
     blocks: int = 1
+    warpgroups: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Of W per block."""
+        return 64 * self.row_tiles * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.warpgroups)
 
     def __str__(self) -> str:
-        return f"{128 * self.row_tiles}x{self.tokens} split {self.split} blocks {self.blocks}"
+        cut = " cut" if self.cut else ""
+        return f"{self.rows}x{self.tokens}{cut} warpgroups {self.warpgroups} blocks {self.blocks}"
+
+
+#: For every number of tokens the same sums in the same order.
+INVARIANT = Config(64)
 
 
 def instruction(tokens: int) -> str:
-    """C++ for `wgmma(acc, a, descriptor)`: m64 x n`tokens` x k16, A from registers, B from shared memory."""
+    """C++ for `wgmma(d, a, b, add)`: m64 x n`tokens` x k16, A from registers, B from shared memory; 0: d is new."""
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     a = ", ".join(f"%{count + i}" for i in range(4))
     return (
-        f"__device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned *a, unsigned long long b) {{\n"
-        '    asm volatile("{\\n.reg .pred p;\\nsetp.eq.u32 p, 1, 1;\\n"\n'
+        f"__device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned *a, unsigned long long b, "
+        "int add) {\n"
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.s32 p, %{count + 5}, 0;\\n"\n'
         f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 '
         f'{{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"\n'
-        f'        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));\n}}\n'
+        f'        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));\n}}\n'
     )
+
+
+def octets(fmt: Format, tokens: int) -> int:
+    """Octets of K per stage of activations: as many as a stage of weights has, in stages of about 16 KiB."""
+    return min(small_m.chunk(fmt) // 8, max(2, (16 << 10) // (tokens * 64)))
 
 
 def stages(fmt: Format, c: Config) -> tuple[int, int, int]:
     """Stages of the rings of activations and of weights that fit, and the bytes of dynamic shared memory."""
     size = small_m.chunk(fmt)
-    per_stage = 4 * size // 64
-    x_bytes, rows = c.tokens * 128, 128 * c.row_tiles
-    w_bytes = rows * sum(width * 4 * size // fmt.element.vector // 8 for _, width, _ in fmt.element.code_planes)
-    budget = SHARED_PER_BLOCK // c.blocks - (8 << 10)
+    x_octets = octets(fmt, c.tokens)
+    per_step, x_bytes = size // 8 // x_octets, c.tokens * 64 * x_octets
+    w_bytes = c.rows * sum(width * 4 * size // fmt.element.vector // 8 for _, width, _ in fmt.element.code_planes)
+    out = 4 * c.warpgroups * min(c.tokens, 32) * 48
+    tables = 32 << 10 if small_m.has_table(fmt) else 0
+    budget = SHARED_PER_BLOCK // c.blocks - out - tables
     best = (2, 2)
     for x_stages in range(2, 25):
-        w_stages = max(2, -(-x_stages // per_stage))
+        w_stages = max(2, -(-x_stages // per_step))
         if x_stages * x_bytes + w_stages * w_bytes <= budget:
             best = (x_stages, w_stages)
-    sums = c.tokens * (rows + 4) * 4
-    return *best, max(best[0] * x_bytes + best[1] * w_bytes, sums) + 1024
+    return *best, best[0] * x_bytes + best[1] * w_bytes + out + 1024
 
 
 @cache
 def constants(fmt: Format, c: Config) -> loader.Defines | str:
     """The kernel's constants, or why there is no such instance."""
-    defines = small_m.constants(fmt)
+    defines = small_m.constants(fmt, (16,))
     if isinstance(defines, str):
         return defines
-    if c.row_tiles * c.tokens > 256:
-        return "too many sums for the registers"
     x_stages, w_stages, _ = stages(fmt, c)
     found = dict(defines)
-    if found["SCALE_MODE"] == 1:
-        found["SCALE_MODE"] = 2
-    # Registers per thread of the two kinds of warpgroup, out of 65536 per multiprocessor.
-    producer, consumer = (56, 224) if c.blocks == 1 else (56, 88)
+    # Registers per thread of the two kinds of warpgroup. They share what the block starts with, whole eights per
+    # thread; asking for more would wait forever.
+    pool = 65536 // c.blocks // c.threads // 8 * 8 * (1 + c.warpgroups)
+    producer = 56 if c.warpgroups == 2 else 40
+    consumer = min(240, (pool - producer) // c.warpgroups // 8 * 8)
+    # What the products need beside their sums, as the compiler's reports say.
+    sums, scales = c.row_tiles * c.tokens // 2, max(1, small_m.chunk(fmt) // found["GROUP"])
+    rest = 40 * c.row_tiles + 16 * (scales if found["SCALE_MODE"] == small_m.PER_CHUNK else 1)
+    rest += 8 * c.row_tiles * (len(fmt.element.code_planes) - 1)
+    rest += 8 * c.row_tiles * (found["ZERO"] + (found["OUTER_K"] > 0) + (found["SCALE_N"] > 1))
+    if sums + rest > consumer:
+        return "too many sums for the registers"
+    if found["SCALE_MODE"] == small_m.PER_STEP and (
+        c.row_tiles * c.tokens > MOST_SUMMED or 2 * sums + rest >= consumer
+    ):
+        found["SCALE_MODE"] = small_m.PER_CHUNK
     found |= {
-        "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "X_STAGES": x_stages,
-        "W_STAGES": w_stages, "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer,
+        "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": x_stages,
+        "X_OCTETS": octets(fmt, c.tokens), "CONSUMERS": c.warpgroups, "W_STAGES": w_stages, "PRODUCER_REGS": producer,
+        "CONSUMER_REGS": consumer,
     }  # fmt: skip
     return tuple(sorted(found.items()))
 
 
+@cache
 def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
-    """Tiles from the shape alone."""
-    tokens = next((t for t in (16, 32, 64, 128) if m <= t), 128)
-    row_tiles = 2 if n >= 128 * sms else 1
-    tiles = -(-n // (128 * row_tiles)) * -(-m // tokens)
-    blocks = 2 if row_tiles == 1 and tokens <= 64 else 1
-    split, steps = 1, -(-k // (4 * small_m.chunk(fmt)))
-    while split < 8 and tiles * split * 2 <= sms * blocks and steps >= 4 * split:
-        split *= 2
-    return Config(tokens, row_tiles, split, blocks)
+    """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
+    sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
+    found = [
+        Config(t, row_tiles, cut, blocks)
+        for t, row_tiles, cut, blocks in product(sizes, (1, 2), (False, True), (1, 2))
+        if (blocks == 1 or t <= 32) and not isinstance(constants(fmt, Config(t, row_tiles, cut, blocks)), str)
+    ]
+
+    def cycles(c: Config) -> float:
+        """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
+        multiply, decode = c.rows * c.tokens / 16, 2000 if c.row_tiles == 2 else 1200 if c.blocks == 1 else 975
+        step = max(decode, 1.1 * multiply + 0.4 * decode) * c.blocks
+        waves = -(-n // c.rows) * -(-m // c.tokens) / (sms * c.blocks)
+        if not c.cut:
+            return math.ceil(waves) * k / 128 * step
+        # Sums go to memory and come back, one block after the other; and far from each other blocks share no cache.
+        share = 10000 + 1500 * c.blocks + 2 * c.rows * c.tokens * 4 / 25 + 600 / waves
+        return waves * k / 128 * step * (1 if waves < 6 else 1.1) + share
+
+    return min(found, key=cycles)
 
 
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
-    fmt, act = problem.weight, problem.activation
+    fmt, act, weights = problem.weight, problem.activation, problem.n * problem.k
     if problem.dtype != torch.bfloat16:
         return f"written for bf16, got {problem.dtype}"
     if problem.arch is not None and problem.arch != (9, 0):
@@ -116,8 +165,27 @@ def why_not(problem: Problem) -> str | None:
         return "scales per group of the activation change along K"
     if problem.k % small_m.chunk(fmt):
         return f"K = {problem.k} is no multiple of the {small_m.chunk(fmt)} weights that a lane takes"
-    reason = small_m.constants(fmt)
-    return reason if isinstance(reason, str) else loader.missing()
+    reason = small_m.constants(fmt, (16,))
+    if isinstance(reason, str):
+        return reason
+    if not is_batch_invariant():
+        # What was measured on an H100 (docs/measured.md): small layers are over before tiles of many tokens pay, and
+        # for very many tokens one dequantization costs less than decoding for every tile.
+        small = weights <= 1 << 26
+        few = 16 if fmt.element.bits == 8 else 0
+        few = 64 if weights <= 1 << 24 else 32 if small else few
+        if small_m.is_cheap(fmt) and problem.m <= few:
+            return f"M = {problem.m} is at most {few}, where another kernel is faster for this format and size"
+        most = 2048 if small else 4096
+        if problem.m > most:
+            return f"M = {problem.m} is above {most}, where dequantizing in chunks is faster"
+    return loader.missing()
+
+
+def describe(problem: Problem) -> str:
+    """The instance for a problem, on a GPU with as many multiprocessors as an H100."""
+    invariant = is_batch_invariant()
+    return str(INVARIANT if invariant else config_for(problem.weight, problem.m, problem.n, problem.k, 132))
 
 
 def wgmma(
@@ -149,20 +217,30 @@ def launch(
     """
     m, k = x.shape
     y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
-    c = config or config_for(fmt, m, n, k, multiprocessors(x.device))
+    if config is None:
+        config = INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, multiprocessors(x.device))
+    c = config
     pack, kernel = _kernels(fmt, c, x.device.index)
     a, _keep = small_m.arguments(x, y, planes, fmt, bias, row_scale)
-    step = 4 * small_m.chunk(fmt)
-    stages = -(-k // step) * step // 64
-    token_tiles = -(-m // c.tokens)
-    images = torch.empty(token_tiles * stages * c.tokens * 64, dtype=torch.bfloat16, device=x.device)
+    step, (*_, shared) = 4 * small_m.chunk(fmt), stages(fmt, c)
+    steps, token_tiles = -(-k // step), -(-m // c.tokens)
+    tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
+    blocks = min(tiles * units, multiprocessors(x.device) * c.blocks)
+    # Images of the activations, the sums of tiles that blocks share, and a flag for each of these.
+    count = steps * step // 64
+    images = 128 * token_tiles * count * c.tokens
+    sums, flags = (4 * blocks * c.rows * c.tokens, 4 * blocks * c.warpgroups) if c.cut else (0, 0)
+    work = torch.empty(images + sums + flags, dtype=torch.uint8, device=x.device)
+    at = work.data_ptr()
+    pointer, number = ctypes.c_void_p, ctypes.c_int
     packing = (
-        ctypes.c_void_p(a.x), ctypes.c_void_p(images.data_ptr()), ctypes.c_int(m), ctypes.c_int(k), ctypes.c_int(stages)
+        pointer(a.x), pointer(at), number(m), number(k), number(count), pointer(at + images + sums), number(flags // 4)
     )  # fmt: skip
     with on_device(x):
-        pack(-(-images.numel() // (8 * 256)), 256, *packing)
-        a.x = images.data_ptr()
-        kernel(-(-n // (128 * c.row_tiles)) * token_tiles * c.split, THREADS, a, early=True)
+        pack(-(-images // (16 * 256)), 256, *packing, early=torch.cuda.is_current_stream_capturing())
+        a.x = at
+        shares = (pointer(at + images), pointer(at + images + sums), number(units))
+        kernel(blocks, c.threads, a, *shares, early=True, shared=shared)
     return y
 
 
@@ -171,6 +249,6 @@ def _kernels(fmt: Format, c: Config, device: int) -> tuple[loader.CudaKernel, lo
     """The kernel that lays out activations, and the product."""
     defines = constants(fmt, c)
     assert not isinstance(defines, str), defines
-    prelude, (*_, shared) = instruction(c.tokens), stages(fmt, c)
+    prelude = instruction(c.tokens)
     pack = loader.load("wgmma.cu", "pack_x", defines, device, prelude)
-    return pack, loader.load("wgmma.cu", "wgmma_kernel", defines, device, prelude, shared)
+    return pack, loader.load("wgmma.cu", "wgmma_kernel", defines, device, prelude)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats.base import Format
+from lowbit.kernels.cuda import dequant as cuda_dequant
 from lowbit.kernels.problem import Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.decode import layout_of, levels, scales, weight_args
@@ -76,6 +77,8 @@ def dequantize_into(
     assert out.shape == (n1 - n0, k1 - k0)
     assert out.stride(1) == 1
     assert k0 % BLOCK_K == 0
+    if cuda_dequant.why_not(out, fmt, k, columns) is None:
+        return cuda_dequant.launch(out, planes, fmt, k, rows, columns)
     with on_device(out):
         dequantize_kernel[(-(-(n1 - n0) // BLOCK_N), -(-(k1 - k0) // BLOCK_K))](
             out, out.stride(0), n0=n0, n1=n1, k_begin=k0, k_end=k1, K=k, L=layout_of(fmt), BN=BLOCK_N, BK=BLOCK_K,
