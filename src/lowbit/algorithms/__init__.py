@@ -1,0 +1,1 @@
+"""Better codes and scales than rounding to nearest gives: pure functions of weights, without modules."""
