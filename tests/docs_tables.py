@@ -139,6 +139,20 @@ def crossover_rows() -> list[Cells]:
     ]  # fmt: skip
 
 
+def accuracy_rows() -> list[Cells]:
+    """Of `accuracy.py`: KL divergence and perplexity of every algorithm."""
+    _, result = newest("cpu_*_accuracy.json")
+    rows: dict[str, dict[str, str]] = {}
+    bits: dict[str, float] = {}
+    for r in result["rows"][1:]:
+        rows.setdefault(r["config"], {})[r["algorithm"]] = f"{r['kl_mean']:.3f} ({r['perplexity']:.1f})"
+        bits[r["config"]] = r["bits_per_weight"]
+    return [
+        (f"`{config}`", f"{bits[config]:.2f}", *(cells.get(a, "") for a in ("rtn", "mse", "hqq", "gptq")))
+        for config, cells in rows.items()
+    ]
+
+
 def demo_rows() -> list[Cells]:
     """Of `lowbit demo`: every config on its real language model."""
     _, result = newest("cpu_*_demo.json")
@@ -181,6 +195,7 @@ TABLES = {
         demo_rows,
     ),
     "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
+    "accuracy": Table("docs/algorithms.md", ("config", "bits per weight", "rtn", "mse", "hqq", "gptq"), accuracy_rows),
     "linear": Table(
         "docs/measured.md", ("weight", "M = 1, us", "read alone", "share", "speed-up", "M = 16", "M = 128"), linear_rows
     ),

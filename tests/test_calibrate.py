@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_llama import tiny_ids, tiny_llama
 from torch import nn
 
 import lowbit
-from lowbit.calibrate import Statistics, static_scale
+from lowbit.calibrate import Statistics, run_blocks, static_scale
 from lowbit.formats.activation import parse_activation
 
 
@@ -60,3 +61,74 @@ def test_scale_holds_the_largest_value(spec: str, top: float) -> None:
         static_scale(act, Statistics())
     with pytest.raises(ValueError, match="inf"):
         static_scale(act, Statistics(float("inf"), 1))
+
+
+# Block by block ----------------------------------------------------------------------------------
+
+
+def bounded(x: torch.Tensor) -> torch.Tensor:
+    """Rows no longer than twice their median length."""
+    length = x.norm(dim=1, keepdim=True)
+    return torch.where(length > 2 * length.median(), x * (2 * length.median() / length), x)
+
+
+def test_moments_are_those_of_each_layers_input() -> None:
+    model, batches = tiny_llama(), [tiny_ids(seed=s) for s in (1, 2)]
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].clone()))
+        for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)
+    ]  # fmt: skip
+    for ids in batches:
+        model(ids)
+    for h in hooks:
+        h.remove()
+    found: dict[str, torch.Tensor] = {}
+    run_blocks(model, batches, found.update)
+    assert set(found) == {f"model.layers.{name}" for name in seen}
+    for name, inputs in seen.items():
+        x = torch.cat([bounded(t.flatten(0, 1)) for t in inputs]).double()
+        torch.testing.assert_close(found[f"model.layers.{name}"].double(), x.T @ x, rtol=1e-4, atol=1e-3)
+    # What is fed by one tensor is summed up once.
+    assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
+    assert found["model.layers.0.mlp.gate_proj"] is not found["model.layers.0.mlp.down_proj"]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_block_sees_what_the_changed_blocks_before_it_make() -> None:
+    model, ids = tiny_llama(), tiny_ids()
+    plain: dict[str, torch.Tensor] = {}
+    run_blocks(model, [ids], plain.update)
+    after: dict[str, torch.Tensor] = {}
+
+    def visit(moments: dict[str, torch.Tensor]) -> None:
+        after.update(moments)
+        if "model.layers.0.mlp.down_proj" in moments:
+            model.model.layers[0].mlp.down_proj.weight.zero_()
+
+    run_blocks(model, [ids], visit)
+    assert torch.equal(after["model.layers.0.self_attn.q_proj"], plain["model.layers.0.self_attn.q_proj"])
+    changed: dict[str, torch.Tensor] = {}
+    run_blocks(model, [ids], changed.update)
+    assert torch.equal(after["model.layers.1.self_attn.q_proj"], changed["model.layers.1.self_attn.q_proj"])
+    assert not torch.equal(after["model.layers.1.self_attn.q_proj"], plain["model.layers.1.self_attn.q_proj"])
+
+
+def test_models_without_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="none"):
+        run_blocks(nn.Sequential(nn.Linear(4, 4)), [torch.zeros(1, 4)], lambda _: None)
+    with pytest.raises(ValueError, match="no batch"):
+        run_blocks(tiny_llama(), [], lambda _: None)
+
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 2), nn.Linear(2, 2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    with pytest.raises(ValueError, match=r"layers\.0: the output of a block"):
+        run_blocks(Pool(), [torch.zeros(1, 4)], lambda _: None)

@@ -79,6 +79,22 @@ def test_quantize_says_what_it_did(model, tmp_path):
     assert "15 layers quantized, 0 left alone" in text
 
 
+def test_gptq_sees_a_text(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The sky is blue because the air scatters light. " * 20)
+    for algorithm, more in (("mse", ()), ("gptq", ("--calibration", text, "--calibration-tokens", "200"))):
+        run("quantize", model, tmp_path / algorithm, "-c", "int3wo-16", "--algorithm", algorithm, *more)
+    a, b = (find_source(str(tmp_path / name)).model().model.layers[1].mlp.up_proj.weight for name in ("mse", "gptq"))
+    assert a.format == b.format
+    assert not torch.equal(a.dequantize(), b.dequantize())
+    assert (
+        "unknown algorithm 'best'"
+        in run("quantize", model, tmp_path / "x", "-c", "int8wo", "-a", "best", code=2).output
+    )
+    text.write_text("")
+    run("quantize", model, tmp_path / "y", "-c", "int8wo", "-a", "gptq", "--calibration", text, code=2)
+
+
 def test_static_configs_are_calibrated(model, tmp_path):
     run("quantize", model, tmp_path / "o", "-c", "float8sq")
     weight = find_source(str(tmp_path / "o")).model().model.layers[0].mlp.up_proj.weight

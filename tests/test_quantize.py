@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 
 import pytest
 import torch
+from tiny_llama import tiny_ids, tiny_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,3 +246,64 @@ def test_memory_while_quantizing(spec: str) -> None:
         report = quantize_(model, spec)
     assert memory.peak > report.bytes_after  # the meter sees something
     assert memory.peak <= report.bytes_after + 2 * layer
+
+
+# Algorithms --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["int4wo-16", "int3wo-16", "nvfp4wo", "nf4wo-16", "float8wo"])
+def test_gptq_keeps_more_of_a_models_output_than_rounding(config: str) -> None:
+    """Of the decoder's output, for the inputs that it has seen; weights themselves lose more."""
+    batches = [tiny_ids(4, 40, seed=s) for s in range(4)]
+    original, errors, sqnr = tiny_llama(), {}, {}
+    wanted = torch.cat([original.model(ids, None, 0) for ids in batches])
+    for algorithm in ("rtn", "gptq"):
+        model = tiny_llama()
+        rules = {"re:model.layers.*": config}
+        report = quantize_(model, rules, algorithm=algorithm, batches=batches if algorithm == "gptq" else None)  # type: ignore[arg-type]
+        got = torch.cat([model.model(ids, None, 0) for ids in batches])
+        errors[algorithm] = float((got - wanted).square().sum())
+        sqnr[algorithm] = [layer.sqnr_db for layer in report.quantized]
+        assert all(
+            isinstance(m.weight, QuantizedTensor) for m in model.model.layers.modules() if isinstance(m, nn.Linear)
+        )
+    assert errors["gptq"] < errors["rtn"]
+    if config != "float8wo":  # whose rows keep one scale, which the search improves
+        assert sum(sqnr["gptq"]) < sum(sqnr["rtn"])
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "hqq"])
+def test_algorithms_without_inputs(algorithm: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    for m in model:
+        m.weight.data[::5, ::7] *= 30
+    plain = quantize_(copy.deepcopy(model), "int3wo-32")
+    report = quantize_(model, "int3wo-32", algorithm=algorithm)  # type: ignore[arg-type]
+    if algorithm == "mse":
+        assert all(a.sqnr_db > b.sqnr_db for a, b in zip(report.quantized, plain.quantized))  # type: ignore[operator]
+    assert model(torch.randn(3, 64)).shape == (3, 16)
+
+
+def test_what_gptq_cannot_reach_is_searched_and_said() -> None:
+    model = tiny_llama()
+    report = quantize_(model, "int4wo-16", algorithm="gptq", batches=[tiny_ids()])
+    notes = {layer.name: layer.note for layer in report.quantized}
+    assert "no inputs seen" in (notes["lm_head"] or "")
+    assert "no inputs seen" not in (notes["model.layers.1.mlp.up_proj"] or "")
+
+
+def test_layers_that_met_only_zeros_are_searched() -> None:
+    model = tiny_llama()
+    model.model.layers[0].post_attention_layernorm.weight.zero_()
+    report = quantize_(model, "int4wo-16", algorithm="gptq", batches=[tiny_ids()])
+    seen = {layer.name: "no inputs seen" in (layer.note or "") for layer in report.quantized}
+    assert seen["model.layers.0.mlp.up_proj"]
+    assert not seen["model.layers.0.self_attn.q_proj"]
+
+
+def test_batches_and_algorithms_go_together() -> None:
+    model = tiny_llama()
+    for algorithm, batches in (("gptq", None), ("mse", [tiny_ids()]), ("best", None)):
+        with pytest.raises(ValueError, match=r"\[lowbit: bad-option\]"):
+            quantize_(model, "int4wo-16", algorithm=algorithm, batches=batches)  # type: ignore[arg-type]
+    assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())

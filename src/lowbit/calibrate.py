@@ -1,7 +1,13 @@
-"""Runs batches through a model and collects what static activation scales need."""
+"""Runs batches through a model and collects what quantization wants to know of a layer's input.
+
+`calibrate` runs the whole model and keeps the largest magnitudes. `run_blocks` goes through a model one decoder layer
+at a time, so that every layer's second moments come from inputs that the layers before it, quantized already, have
+made, and no more than one decoder layer's worth of them is held.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +63,7 @@ def calibrate(
         with torch.no_grad():
             for batch in batches:
                 count += 1
-                if forward is not None:
-                    forward(model, batch)
-                elif isinstance(batch, dict):
-                    model(**batch)
-                else:
-                    model(batch)
+                _call(model, batch, forward)
     finally:
         for h in hooks:
             h.remove()
@@ -71,6 +72,134 @@ def calibrate(
     if not seen:
         raise ValueError("calibrate: no nn.Linear ran in the forward pass" + see("calibration-saw-nothing"))
     return seen
+
+
+def _call(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> None:
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, dict):
+        model(**batch)
+    else:
+        model(batch)
+
+
+# Block by block ----------------------------------------------------------------------------------
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's repeated blocks: the `nn.ModuleList` whose Linear layers hold the most weights, and its name.
+
+    Raises:
+        ValueError: no list of modules holds a Linear.
+    """
+
+    def weights(blocks: nn.Module) -> int:
+        return sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear))
+
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and weights(m)]
+    if not lists:
+        raise ValueError(
+            "calibrating block by block needs a model with a torch.nn.ModuleList of blocks, as language models have; "
+            f"{type(model).__name__} has none" + see("no-blocks")
+        )
+    return max(lists, key=lambda item: weights(item[1]))
+
+
+class _InputCaught(Exception):
+    """Ends a forward pass before its first block."""
+
+
+def run_blocks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    visit: Callable[[dict[str, Tensor]], None],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
+    """Go through the blocks of `model` in order; for each, collect second moments, call `visit`, and run it again.
+
+    What `visit` changes in a block decides what the next block sees. Held are the inputs of one block for all batches,
+    and the moments of one block.
+
+    Args:
+        batches, forward: as for `calibrate`.
+        visit: called with `{name of a Linear: X^T X}` of one block; `X (tokens, K)` are all inputs of that layer, the
+            few very long ones shortened, and the sum `(K, K)` is fp32. Layers that share an input share the tensor.
+
+    Raises:
+        ValueError: no batch was given, the model has no blocks, or a block's output cannot be the next one's input.
+    """
+    prefix, blocks = blocks_of(model)
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args, kwargs))
+        raise _InputCaught
+
+    handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                with contextlib.suppress(_InputCaught):
+                    _call(model, batch, forward)
+    finally:
+        handle.remove()
+    if not inputs:
+        raise ValueError("no batch was given; pass at least one input" + see("calibration-saw-nothing"))
+    for i, block in enumerate(blocks):
+        with torch.no_grad():
+            visit(_moments(f"{prefix}.{i}", block, inputs))
+            for j, (args, kwargs) in enumerate(inputs):
+                out = block(*args, **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
+                if not args or not isinstance(out, Tensor) or out.shape != args[0].shape:
+                    raise ValueError(
+                        f"{prefix}.{i}: the output of a block must have the form of its first input, got "
+                        f"{type(out).__name__}" + see("no-blocks")
+                    )
+                inputs[j] = ((out, *args[1:]), kwargs)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """Rows of `x (M, K)` no longer than twice their median length.
+
+    A language model gives a few tokens, mostly the first of a text, inputs hundreds of times as large as others (Sun et
+    al., "Massive Activations in Large Language Models", arXiv:2402.17762). Unbounded, one of them outweighs a thousand
+    others in `X^T X`.
+    """
+    length = x.norm(dim=1, keepdim=True)
+    share: Tensor = 2 * length.median() / length.clamp(min=torch.finfo(x.dtype).tiny)
+    return x * share.clamp(max=1)
+
+
+def _moments(name: str, block: nn.Module, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[str, Tensor]:
+    """`X^T X` of every Linear of a block, rows of X bounded; layers called with the same tensor share theirs."""
+    found: dict[str, Tensor] = {}
+    last: tuple[Tensor, str] | None = None
+
+    def add(linear: str, x: Tensor) -> None:
+        nonlocal last
+        if last is not None and x is last[0]:
+            found[linear] = found[last[1]]
+            return
+        last = x, linear
+        flat = _bounded(x.detach().reshape(-1, x.shape[-1]).float())
+        if linear in found:
+            found[linear].addmm_(flat.T, flat)
+        else:
+            found[linear] = flat.T @ flat
+
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, linear=f"{name}.{n}" if n else name: add(linear, args[0]))
+        for n, m in block.named_modules() if isinstance(m, nn.Linear)
+    ]  # fmt: skip
+    try:
+        for args, kwargs in inputs:
+            block(*args, **kwargs)
+            last = None
+    finally:
+        for h in hooks:
+            h.remove()
+    return found
 
 
 def static_scale(act: Activation, statistics: Statistics) -> float:

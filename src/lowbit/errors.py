@@ -26,6 +26,7 @@ PAGES: dict[str, str] = {
     "missing-calibration": "A static activation needs a scale that was neither calibrated nor given.",
     "missing-package": "A command needs a package that is not part of the plain installation.",
     "model-not-readable": "No language model that lowbit can read is at the given place.",
+    "no-blocks": "A model was to be calibrated block by block, and does not consist of such blocks.",
     "no-kernel": "No kernel takes this matmul, or the one asked for by name does not.",
     "no-layer-selected": "`filter_fn` chose no layer, so nothing would be quantized.",
     "nonfinite-weight": "A weight holds NaN or Inf.",

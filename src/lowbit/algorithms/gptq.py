@@ -51,7 +51,8 @@ def gptq(
     become by then. Where that is not possible, because a plane belongs to the whole tensor or to whole rows, and with
     `act_order`, all are chosen beforehand from `w`.
 
-    A column that met no input (`H_kk = 0`) is set to zero before anything is chosen.
+    A column that met no input (`H_kk = 0`) is rounded to nearest: whatever it holds costs nothing here, and may matter
+    for other inputs.
 
     Args:
         w: 2-D, any float dtype, finite.
@@ -73,8 +74,7 @@ def gptq(
     if w.numel() == 0:
         return fmt.quantize(w, params)
     hessian = hessian.detach().to(w.device, torch.float32)
-    dead = hessian.diagonal() == 0
-    w = w.detach().masked_fill(dead, 0)
+    dead, w = hessian.diagonal() == 0, w.detach()
 
     (n, k), v = w.shape, fmt.element.vector
     units = -(-k // v)

@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from lowbit import checkpoint
 from lowbit.calibrate import Statistics, calibrate
@@ -32,7 +33,7 @@ from lowbit.cli.output import (
 from lowbit.errors import see
 from lowbit.explain import explain as explain_model
 from lowbit.models.llama import Llama
-from lowbit.quantize import Rule, quantize_
+from lowbit.quantize import ALGORITHMS, Rule, quantize_
 from lowbit.report import LayerReport
 from lowbit.report import Report as QuantizeReport
 from lowbit.specs import parse_config
@@ -57,6 +58,13 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it is a MODEL itself.")],
     config: Config = None,
     rule: Rules = None,
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", "-a", help=f"How values are chosen: {', '.join(ALGORITHMS)}.")
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text that gptq sees; default: the packaged prose.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How much of that text.")] = 16384,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -77,7 +85,10 @@ def quantize(
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; give a directory")
     loaded = source.model(parse_dtype(dtype))
-    report = quantize_as_asked(source, loaded, rules_for(loaded, config, words), device)
+    batches = _batches(source, loaded, calibration, calibration_tokens, device) if algorithm == "gptq" else None
+    report = quantize_as_asked(
+        source, loaded, rules_for(loaded, config, words), device, algorithm=algorithm, batches=batches
+    )
     export(source, loaded, out)
     if as_json:
         emit_json({"model": source.path, "out": out, **_summary(report)})
@@ -89,14 +100,33 @@ def quantize(
 
 
 def quantize_as_asked(
-    source: Source, model: Llama, rules: Mapping[str, Rule], device: str, title: str = "quantizing"
-) -> QuantizeReport:
+    source: Source, model: Llama, rules: Mapping[str, Rule], device: str, title: str = "quantizing",
+    algorithm: str = "rtn", batches: list[Tensor] | None = None,
+) -> QuantizeReport:  # fmt: skip
     """`quantize_` with a progress bar, calibrated on the packaged text where a config has static scales."""
     configs = [parse_config(c) if isinstance(c, str) else c for c in rules.values() if c is not None]
     static = any(is_static(c) for c in configs)
     statistics = _calibrated(source, model) if static else None
     with progress_bar(title) as update:
-        return quantize_(model, rules, device=device, calibration=statistics, progress=update)
+        return quantize_(
+            model, rules, device=device, calibration=statistics, progress=update,
+            algorithm=algorithm, batches=batches,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _batches(source: Source, model: Llama, text: Path | None, tokens: int, device: str) -> list[Tensor]:
+    """Windows of ids `(1, T)`: the beginning of a file, or the end of the packaged text."""
+    from lowbit.tools.evaluate import held_out_text
+
+    words = held_out_text() if text is None else text.read_text(encoding="utf-8")
+    ids = torch.tensor(source.tokenizer().encode(words), device=device)
+    # The end of the packaged text; `eval` and the demo measure on its beginning.
+    ids = ids[-tokens:] if text is None else ids[:tokens]
+    if len(ids) < 2:
+        raise ValueError(f"quantize: the calibration text has {len(ids)} tokens; give a longer one" + see("bad-option"))
+    windows = list(ids.view(1, -1).split(min(1024, model.config.max_positions), dim=1))
+    say(f"gptq sees {len(ids)} tokens in {len(windows)} windows")
+    return windows
 
 
 def _calibrated(source: Source, model: Llama) -> dict[str, Statistics]:

@@ -1,0 +1,77 @@
+"""What each algorithm keeps of a language model, per config: perplexity, KL divergence and top-1 agreement.
+
+    python benchmarks/accuracy.py MODEL --out benchmarks/results/NAME.json
+
+MODEL is what the command line takes. Calibration and evaluation use different parts of the packaged text, or the files
+given. Every row starts from the original; all are compared with it token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from lowbit.quantize import ALGORITHMS, quantize_
+from lowbit.specs import parse_config
+from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
+from lowbit.tools.sources import find_source, rules_for, variant
+
+CONFIGS = "int4wo-128,int4wo-32,int3wo-64,int2wo-32-asym,nf4wo-64,mxfp4wo,nvfp4wo"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--configs", default=CONFIGS)
+    parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
+    parser.add_argument("--text", type=Path, help="what is evaluated; default: the packaged prose")
+    parser.add_argument("--calibration", type=Path, help="what GPTQ sees; default: the end of the packaged prose")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--window", type=int, default=1024)
+    args = parser.parse_args()
+    source = find_source(args.model)
+    original, tokenizer = source.model(), source.tokenizer()
+    ids = torch.tensor(tokenizer.encode(args.text.read_text() if args.text else held_out_text()))
+    seen = torch.tensor(tokenizer.encode(args.calibration.read_text())) if args.calibration else ids
+    seen = seen[: args.calibration_tokens] if args.calibration else seen[-args.calibration_tokens :]
+    seen = seen[: len(seen) // args.window * args.window]
+    if not args.calibration and len(ids) < args.tokens + len(seen):
+        parser.error("the text is too short to keep what is evaluated apart from what GPTQ sees")
+    measured = ids[: args.tokens]
+    reference = reference_of(original, measured, args.window)
+    rows = []
+
+    def add(config: str, algorithm: str, seconds: float, model: torch.nn.Module, bits: float) -> None:
+        q = evaluate(model, measured, reference, args.window)
+        rows.append({"config": config, "algorithm": algorithm, "bits_per_weight": bits, "seconds": seconds, **vars(q)})
+        kl = "" if q.kl_mean is None else f"KL {q.kl_mean:.4f} top-1 {100 * (q.top1_agreement or 0):.1f} %"
+        print(f"{config:16} {algorithm:5} perplexity {q.perplexity:10.2f} {kl} {seconds:.0f} s", flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"info": info, "rows": rows}, indent=1) + "\n")
+
+    info = {
+        "command": "python " + " ".join(sys.argv), "model": source.path.resolve().name, "torch": torch.__version__,
+        "python": platform.python_version(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+        "tokens": args.tokens, "calibration_tokens": len(seen), "window": args.window,
+    }  # fmt: skip
+    add("bf16", "", 0.0, original, 16.0)
+    for config, algorithm in product(args.configs.split(","), args.algorithms.split(",")):
+        model = variant(original)
+        started = time.perf_counter()
+        batches = list(seen.view(-1, 1, args.window)) if algorithm == "gptq" else None
+        quantize_(model, rules_for(model, config, {}), algorithm=algorithm, batches=batches, measure=False)  # type: ignore[arg-type]
+        add(config, algorithm, time.perf_counter() - started, model, parse_config(config).scheme.weight.bits_per_weight)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
