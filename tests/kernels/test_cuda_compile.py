@@ -139,7 +139,7 @@ def test_blocks_share_k_only_where_that_pays(spec: str) -> None:
     fmt = parse_format(spec)
     for m, n, k in ((1, 28672, 4096), (1, 4096, 4096), (8, 4096, 14336), (16, 6144, 4096)):
         cluster = small_m.cluster_for(fmt, m, n, k, 132, HOPPER)
-        assert small_m.shared_bytes(fmt, m, k, cluster) <= small_m.SHARED_OF_ONE
+        assert small_m.shared_bytes(fmt, m, k, cluster) <= small_m.room(HOPPER)
         assert small_m.cluster_for(fmt, m, n, k, 108, (8, 0)) == 1
     assert small_m.cluster_for(fmt, 1, 28672, 4096, 132, HOPPER) == 1
     assert small_m.cluster_for(fmt, 8, 4096, 14336, 132, HOPPER) > 1
@@ -300,6 +300,7 @@ def test_errors_carry_the_compilers_log(tmp_path: Path, monkeypatch: pytest.Monk
         ({"m": 9, "arch": (8, 0)}, "above 8"),
         ({"m": 17, "format": "int3:g64", "arch": (8, 0)}, "above 16"),
         ({"m": 8, "k": 1 << 17}, "KiB of shared memory"),
+        ({"m": 8, "k": 4096, "arch": (8, 9)}, "KiB of shared memory"),
         ({"dtype": torch.float16}, "written for bf16"),
         ({"arch": (7, 5)}, "needs compute capability 8.0"),
         ({"k": 100}, "no multiple of the 32 weights"),

@@ -20,8 +20,8 @@ from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 MAX_TOKENS = 16
 WARPS, ROWS, STAGES = 8, 16, 4  # as in small_m.cu
-# Dynamic shared memory with which two blocks fit a multiprocessor of Hopper, and the most of one block.
-SHARED_OF_TWO, SHARED_OF_ONE = 96 << 10, 196 << 10
+# Dynamic shared memory with which two blocks fit a multiprocessor of Hopper.
+SHARED_OF_TWO = 96 << 10
 
 # The names of small_m.cu.
 _INT, _FLOAT, _TABLE, _VECTOR = range(4)
@@ -105,6 +105,13 @@ def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str
     return tuple(sorted(defines.items()))
 
 
+def room(arch: tuple[int, int]) -> int:
+    """Dynamic shared memory that a block may take beside the 20 KiB which the source declares."""
+    if arch[0] in (9, 10):
+        return 196 << 10
+    return (163 if arch == (8, 0) else 99) - 20 << 10
+
+
 @cache
 def cluster_for(fmt: Format, m: int, n: int, k: int, sms: int, arch: tuple[int, int]) -> int:
     """Blocks that share K: what takes the fewest instructions of the busiest warp, counted in the machine code."""
@@ -119,7 +126,7 @@ def cluster_for(fmt: Format, m: int, n: int, k: int, sms: int, arch: tuple[int, 
         return rounds * (per_tile * 170 + (60 if cluster == 1 else 500)) * (2 if resident > sms else 1.3)
 
     fitting = [c for c in (1, 2, 4, 8) if c <= segments and (c == 1 or arch >= (9, 0))]
-    fitting = [c for c in fitting if shared_bytes(fmt, m, k, c) <= SHARED_OF_ONE] or [max(fitting)]
+    fitting = [c for c in fitting if shared_bytes(fmt, m, k, c) <= room(arch)] or [max(fitting)]
     return min(fitting, key=cost)
 
 
@@ -160,7 +167,7 @@ def why_not(problem: Problem) -> str | None:
         return reason
     arch = problem.arch or (9, 0)
     shared = shared_bytes(fmt, problem.m, problem.k, cluster_for(fmt, problem.m, problem.n, problem.k, 132, arch))
-    if shared > SHARED_OF_ONE:
+    if shared > room(arch):
         return f"{problem.m} x {problem.k} activations need {shared >> 10} KiB of shared memory"
     return loader.missing()
 
@@ -174,13 +181,18 @@ def describe(problem: Problem) -> str:
 def small_m(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes; a quantized activation is split first."""
-    row_scale = None
-    if problem.activation is not None:
-        from lowbit.kernels.triton import act_quant
-
-        x, row_scale = act_quant.split(x, problem.activation, act_scale)
+    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes."""
+    x, row_scale = operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
+
+
+def operand(x: Tensor, problem: Problem, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is multiplied, and the scale of its rows: a quantized activation is split into levels and scales."""
+    if problem.activation is None:
+        return x, None
+    from lowbit.kernels.triton import act_quant
+
+    return act_quant.split(x, problem.activation, act_scale)
 
 
 def launch(
@@ -213,14 +225,14 @@ def _plan(
     fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None
 ) -> tuple[loader.CudaKernel, int, int, int]:
     """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
-    sms = multiprocessors(torch.device("cuda", device))
-    cluster = cluster or cluster_for(fmt, m, n, k, sms, capability(device))
+    sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
+    cluster = cluster or cluster_for(fmt, m, n, k, sms, arch)
     shared = shared_bytes(fmt, m, k, cluster)
     defines = constants(fmt)
     assert not isinstance(defines, str), defines
     more = {"TOKEN_TILES": 1 if m <= 8 else 2, "CLUSTER": cluster, "WHOLE": int(k % chunk(fmt, 64) == 0)}
     if has_table(fmt):
-        more["COPIES"] = 32 if m <= 8 and shared + (32 << 10) <= SHARED_OF_TWO else 8
+        more["COPIES"] = 32 if m <= 8 and shared + (32 << 10) <= SHARED_OF_TWO < room(arch) else 8
     kernel = loader.load("small_m.cu", "small_m", tuple(sorted((dict(defines) | more).items())), device)
     resident = kernel.resident(32 * WARPS, shared, cluster)
     grid = min(-(-n // ROWS), resident) * cluster

@@ -191,12 +191,8 @@ def describe(problem: Problem) -> str:
 def wgmma(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes; a quantized activation is split first."""
-    row_scale = None
-    if problem.activation is not None:
-        from lowbit.kernels.triton import act_quant
-
-        x, row_scale = act_quant.split(x, problem.activation, act_scale)
+    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes."""
+    x, row_scale = small_m.operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
 
