@@ -78,6 +78,15 @@ def test_bits_repeat(cut: bool) -> None:
         assert torch.equal(wgmma.launch(x, w.planes, fmt, 1024, config=Config(128, cut=cut)), first)
 
 
+def test_more_blocks_than_activations() -> None:
+    """Every shared tile has a flag, also where the kernel that clears them has little else to do."""
+    fmt, n, k = next(f for f in FORMATS if f.spec == "int4:g128"), 20_000, 256
+    w, x = weight_on_gpu(fmt, n, k), inputs(3, k, torch.bfloat16)
+    for _ in range(20):
+        y = wgmma.launch(x, w.planes, fmt, n, config=Config(16, cut=True, blocks=2))
+    assert_close(y, expected(x, w), fmt, torch.bfloat16)
+
+
 def test_two_streams_at_once() -> None:
     """Blocks that share tiles have sums and flags of their own for every launch."""
     fmt, n, k = next(f for f in FORMATS if f.spec == "int4:g128"), 4096, 4096

@@ -73,7 +73,6 @@ __device__ __forceinline__ float read_float(u32 at, int rank) {
 // Computed once: without this the compiler would rather compute addresses again than keep them.
 __device__ __forceinline__ void keep(u32 &v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void keep(int &v) { asm volatile("" : "+r"(v)); }
-__device__ __forceinline__ void keep(const u8 *&v) { asm volatile("" : "+l"(v)); }
 
 // Four activations from an address that is a multiple of 8, as two words.
 __device__ __forceinline__ uint2 load_four(const u16 *x) { return __ldg((const uint2 *)x); }

@@ -233,7 +233,8 @@ def launch(
         pointer(a.x), pointer(at), number(m), number(k), number(count), pointer(at + images + sums), number(flags // 4)
     )  # fmt: skip
     with on_device(x):
-        pack(-(-images // (16 * 256)), 256, *packing, early=torch.cuda.is_current_stream_capturing())
+        # A thread for every 16 bytes of the images, and for every flag, which it clears.
+        pack(-(-max(images // 16, flags // 4) // 256), 256, *packing, early=torch.cuda.is_current_stream_capturing())
         a.x = at
         shares = (pointer(at + images), pointer(at + images + sums), number(units))
         kernel(blocks, c.threads, a, *shares, early=True, shared=shared)
