@@ -132,3 +132,56 @@ def test_models_without_blocks_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"layers\.0: the output of a block"):
         run_blocks(Pool(), [torch.zeros(1, 4)], lambda _: None)
+
+
+class Residual(nn.Module):
+    """Adds what a block finds to its input, within the blocks or between them."""
+
+    def __init__(self, *, between: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.between, self.dropout = between, nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x) if self.between else self.dropout(layer(x))
+        return x
+
+
+def test_models_that_do_more_than_run_their_blocks_are_refused() -> None:
+    torch.manual_seed(0)
+    visited: list[dict[str, torch.Tensor]] = []
+    with pytest.raises(ValueError, match="do not give what the model gives"):
+        run_blocks(Residual(between=True), [torch.randn(8, 4)], visited.append)
+    with pytest.raises(ValueError, match="training mode"):
+        run_blocks(Residual(dropout=0.5), [torch.randn(8, 4)], visited.append)
+    assert not visited
+    model = Residual(dropout=0.5).eval()
+    run_blocks(model, [torch.randn(8, 4)], visited.append)
+    assert [list(v) for v in visited] == [["layers.0"], ["layers.1"], ["layers.2"]]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_cache_that_fills_is_refused() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+            cache.append(x)
+            return self.linear(x + sum(cache))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Cached() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cache: list[torch.Tensor] = []
+            for layer in self.layers:
+                x = layer(x, cache=cache)
+            return x
+
+    with pytest.raises(ValueError, match="use_cache=False"):
+        run_blocks(Model(), [torch.ones(8, 4)], lambda _: None)

@@ -106,7 +106,11 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class _InputCaught(Exception):
-    """Ends a forward pass before its first block."""
+    """Ends a forward pass at its first block."""
+
+
+# What a block is called with.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def run_blocks(
@@ -118,7 +122,8 @@ def run_blocks(
     """Go through the blocks of `model` in order; for each, collect second moments, call `visit`, and run it again.
 
     What `visit` changes in a block decides what the next block sees. Held are the inputs of one block for all batches,
-    and the moments of one block.
+    and the moments of one block. A block is called with the output of the block before it and whatever else the first
+    block was called with; on the first batch this is compared with what the model does.
 
     Args:
         batches, forward: as for `calibrate`.
@@ -126,37 +131,68 @@ def run_blocks(
             few very long ones shortened, and the sum `(K, K)` is fp32. Layers that share an input share the tensor.
 
     Raises:
-        ValueError: no batch was given, the model has no blocks, or a block's output cannot be the next one's input.
+        ValueError: no batch was given, the model has no blocks, or it does more than to pass the output of each block
+            to the next: it computes in between, gives blocks different masks, fills a cache, or drops out at random.
     """
     prefix, blocks = blocks_of(model)
-    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    inputs: list[Call] = []
+    wanted: list[Tensor] = []
 
     def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append((args, kwargs))
+        if len(inputs) > 1:
+            raise _InputCaught
+
+    def catch_last(_: nn.Module, args: tuple[Any, ...]) -> None:
+        wanted.extend(x.clone() for x in args[:1])
         raise _InputCaught
 
-    handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [
+        blocks[0].register_forward_pre_hook(catch, with_kwargs=True),
+        blocks[-1].register_forward_pre_hook(catch_last),
+    ]
     try:
         with torch.no_grad():
             for batch in batches:
                 with contextlib.suppress(_InputCaught):
                     _call(model, batch, forward)
     finally:
-        handle.remove()
+        for h in handles:
+            h.remove()
     if not inputs:
         raise ValueError("no batch was given; pass at least one input" + see("calibration-saw-nothing"))
-    for i, block in enumerate(blocks):
-        with torch.no_grad():
+    with torch.no_grad():
+        call = inputs[0]
+        for i in range(len(blocks) - 1):
+            call = _next(f"{prefix}.{i}", blocks[i], call)
+        # Not `==`: on a GPU two runs of one layer may add in different orders.
+        if not wanted or not call[0] or not _near(call[0][0], wanted[0]):
+            raise ValueError(
+                f"{prefix}: run one after another, the blocks do not give what the model gives. It may compute "
+                "something between them, give them different masks, fill a cache (pass use_cache=False), change its "
+                "input in place, or be in training mode (call eval())" + see("no-blocks")
+            )
+        for i, block in enumerate(blocks):
             visit(_moments(f"{prefix}.{i}", block, inputs))
-            for j, (args, kwargs) in enumerate(inputs):
-                out = block(*args, **kwargs)
-                out = out[0] if isinstance(out, tuple) else out
-                if not args or not isinstance(out, Tensor) or out.shape != args[0].shape:
-                    raise ValueError(
-                        f"{prefix}.{i}: the output of a block must have the form of its first input, got "
-                        f"{type(out).__name__}" + see("no-blocks")
-                    )
-                inputs[j] = ((out, *args[1:]), kwargs)
+            for j, call in enumerate(inputs):
+                inputs[j] = _next(f"{prefix}.{i}", block, call)
+
+
+def _next(name: str, block: nn.Module, call: Call) -> Call:
+    """Run a block; how to call the one after it."""
+    args, kwargs = call
+    out = block(*args, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out
+    if not args or not isinstance(out, Tensor) or out.shape != args[0].shape:
+        raise ValueError(
+            f"{name}: the output of a block must have the form of its first input, got {type(out).__name__}"
+            + see("no-blocks")
+        )
+    return (out, *args[1:]), kwargs
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and bool((x - y).float().norm() <= 1e-2 * y.float().norm())
 
 
 def _bounded(x: Tensor) -> Tensor:
@@ -171,7 +207,7 @@ def _bounded(x: Tensor) -> Tensor:
     return x * share.clamp(max=1)
 
 
-def _moments(name: str, block: nn.Module, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[str, Tensor]:
+def _moments(name: str, block: nn.Module, inputs: list[Call]) -> dict[str, Tensor]:
     """`X^T X` of every Linear of a block, rows of X bounded; layers called with the same tensor share theirs."""
     found: dict[str, Tensor] = {}
     last: tuple[Tensor, str] | None = None
