@@ -132,6 +132,12 @@ def test_models_without_blocks_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"layers\.0: the output of a block"):
         run_blocks(Pool(), [torch.zeros(1, 4)], lambda _: None)
+    # Also where it is the last one: before anything has been changed.
+    model, visited = Pool(), list[dict[str, torch.Tensor]]()
+    model.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+    with pytest.raises(ValueError, match=r"layers\.1: the output of a block"):
+        run_blocks(model, [torch.zeros(1, 4)], visited.append)
+    assert not visited
 
 
 class Residual(nn.Module):

@@ -162,11 +162,11 @@ def run_blocks(
     if not inputs:
         raise ValueError("no batch was given; pass at least one input" + see("calibration-saw-nothing"))
     with torch.no_grad():
-        call = inputs[0]
-        for i in range(len(blocks) - 1):
-            call = _next(f"{prefix}.{i}", blocks[i], call)
+        last = call = inputs[0]
+        for i, block in enumerate(blocks):
+            last, call = call, _next(f"{prefix}.{i}", block, call)
         # Not `==`: on a GPU two runs of one layer may add in different orders.
-        if not wanted or not call[0] or not _near(call[0][0], wanted[0]):
+        if not wanted or not _near(last[0][0], wanted[0]):
             raise ValueError(
                 f"{prefix}: run one after another, the blocks do not give what the model gives. It may compute "
                 "something between them, give them different masks, fill a cache (pass use_cache=False), change its "
@@ -174,8 +174,9 @@ def run_blocks(
             )
         for i, block in enumerate(blocks):
             visit(_moments(f"{prefix}.{i}", block, inputs))
-            for j, call in enumerate(inputs):
-                inputs[j] = _next(f"{prefix}.{i}", block, call)
+            if i + 1 < len(blocks):
+                for j, call in enumerate(inputs):
+                    inputs[j] = _next(f"{prefix}.{i}", block, call)
 
 
 def _next(name: str, block: nn.Module, call: Call) -> Call:
