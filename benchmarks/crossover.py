@@ -8,27 +8,19 @@ written from such a run. Weights rotate through more than the L2 cache, one CUDA
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-import triton
+from cases import arguments, cases, write
 from torch import Tensor
 
 from lowbit import QuantizedTensor
-from lowbit.formats import Format, parse_format
+from lowbit.formats import Format
 from lowbit.kernels.cuda import small_m, wgmma
 from lowbit.kernels.select import use_kernel
 from lowbit.kernels.triton import weight_only
-from lowbit.tools.bench_linear import LAYERS
-from lowbit.tools.timing import copies_for, floor_us, median_us
+from lowbit.tools.timing import median_us
 
 Run = Callable[[Tensor, QuantizedTensor], Tensor]
 # The largest and the smallest number of tokens worth a try.
@@ -54,40 +46,18 @@ def run_of(kernel: str, fmt: Format) -> Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--layers", default="gate_up,o,down,qkv")
-    parser.add_argument("--formats", default="int4:g128,int8:row,nf4:g64")
-    parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256,512,1024,2048,4096")
-    args = parser.parse_args()
-    started, rows = time.monotonic(), []
-    for layer, spec in ((a, b) for a in args.layers.split(",") for b in args.formats.split(",")):
-        (n, k), fmt = LAYERS[layer], parse_format(spec)
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies_for(2 * n * k))]
-        first = QuantizedTensor.from_float(dense[0], fmt)
-        weights = [first, *(first.clone() for _ in range(copies_for(fmt.nbytes(n, k)) - 1))]
-        floor = floor_us(fmt.nbytes(n, k))
-        for m in map(int, args.tokens.split(",")):
-            if time.monotonic() - started > args.seconds:
-                print(f"out of time: {layer} {spec} M = {m} and what follows are left out")
-                break
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            us = {
-                kernel: median_us([partial(run_of(kernel, fmt), x, w) for w in weights])
-                for kernel, (least, most) in RANGES.items() if least <= m <= most
-            }  # fmt: skip
-            bf16 = median_us([partial(F.linear, x, w) for w in dense])
-            rows.append({"layer": layer, "format": spec, "m": m, "bf16_us": bf16, "floor_us": floor, "us": us})
-            times = ", ".join(f"{kernel} {t:.1f}" for kernel, t in us.items())
-            print(f"{layer} {spec} M={m} floor {floor:.1f} bf16 {bf16:.1f} {times}", flush=True)
-    if args.out:
-        info = {
-            "command": "python " + " ".join(sys.argv), "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__, "triton": triton.__version__,
-            "python": platform.python_version(), "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
+    args = arguments(
+        __doc__, seconds=300, formats="int4:g128,int8:row,nf4:g64", tokens="1,4,8,16,32,64,128,256,512,1024,2048,4096"
+    )
+    rows = []
+    for case in cases(args):
+        us = {
+            kernel: median_us([partial(run_of(kernel, case.format), case.x, w) for w in case.weights])
+            for kernel, (least, most) in RANGES.items() if least <= case.m <= most
         }  # fmt: skip
-        args.out.write_text(json.dumps({"info": info, "rows": rows}, indent=1) + "\n")
+        rows.append(case.row | {"us": us})
+        print(case, ", ".join(f"{kernel} {t:.1f}" for kernel, t in us.items()), flush=True)
+    write(args.out, rows)
     return 0
 
 

@@ -8,25 +8,16 @@ Weights rotate through more than the L2 cache, one CUDA graph per variant, media
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import sys
-import time
 from functools import partial
 from itertools import product
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-import triton
+from cases import arguments, cases, write
 
-from lowbit import QuantizedTensor
-from lowbit.formats import Format, parse_format
+from lowbit.formats import Format
 from lowbit.kernels.cuda import wgmma
 from lowbit.kernels.cuda.wgmma import Config
-from lowbit.tools.bench_linear import LAYERS
-from lowbit.tools.timing import copies_for, floor_us, median_us
+from lowbit.kernels.triton.launch import multiprocessors
+from lowbit.tools.timing import median_us
 
 
 def candidates(fmt: Format, m: int, n: int) -> list[Config]:
@@ -44,47 +35,22 @@ def candidates(fmt: Format, m: int, n: int) -> list[Config]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=200)
-    parser.add_argument("--layers", default="gate_up,o,down,qkv")
-    parser.add_argument("--formats", default="int4:g128,int8:row")
-    parser.add_argument("--tokens", default="16,32,64,128,256,512,1024")
-    args = parser.parse_args()
-    started, rows = time.monotonic(), []
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    for layer, spec in product(args.layers.split(","), args.formats.split(",")):
-        (n, k), fmt = LAYERS[layer], parse_format(spec)
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies_for(2 * n * k))]
-        size = fmt.nbytes(n, k)
-        first = QuantizedTensor.from_float(dense[0], fmt)
-        weights = [first, *(first.clone() for _ in range(copies_for(size) - 1))]
-        floor = floor_us(size)
-        for m in map(int, args.tokens.split(",")):
-            if time.monotonic() - started > args.seconds:
-                print(f"out of time: {layer} {spec} M = {m} and what follows are left out")
-                break
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            bf16 = median_us([partial(F.linear, x, w) for w in dense])
-            chosen, times = wgmma.config_for(fmt, m, n, k, sms), {}
-            for config in dict.fromkeys([chosen, *candidates(fmt, m, n)]):
-                times[str(config)] = median_us(
-                    [partial(wgmma.launch, x, w.planes, fmt, n, config=config) for w in weights]
-                )
-            best, us = min(times, key=lambda c: times[c]), times[str(chosen)]
-            rows.append({"layer": layer, "format": spec, "m": m, "floor_us": floor, "bf16_us": bf16, "us": us,
-                         "rule": str(chosen), "best": best, "best_us": times[best], "all": times})  # fmt: skip
-            print(
-                f"{layer} {spec} M={m} floor {floor:.1f} bf16 {bf16:.1f} rule {us:.1f} ({chosen}) "
-                f"best {times[best]:.1f} ({best}) {bf16 / times[best]:.2f}x", flush=True,
-            )  # fmt: skip
-    if args.out:
-        info = {
-            "command": "python " + " ".join(sys.argv), "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__, "triton": triton.__version__,
-            "python": platform.python_version(), "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        args.out.write_text(json.dumps({"info": info, "rows": rows}, indent=1) + "\n")
+    args = arguments(__doc__, seconds=200, formats="int4:g128,int8:row", tokens="16,32,64,128,256,512,1024")
+    rows = []
+    for case in cases(args):
+        n, k = case.weights[0].shape
+        chosen, times = wgmma.config_for(case.format, case.m, n, k, multiprocessors(case.x.device)), {}
+        for config in dict.fromkeys([chosen, *candidates(case.format, case.m, n)]):
+            times[str(config)] = median_us(
+                [partial(wgmma.launch, case.x, w.planes, case.format, n, config=config) for w in case.weights]
+            )
+        best, us = min(times, key=lambda c: times[c]), times[str(chosen)]
+        rows.append(case.row | {"us": us, "rule": str(chosen), "best": best, "best_us": times[best], "all": times})
+        print(
+            f"{case} rule {us:.1f} ({chosen}) best {times[best]:.1f} ({best}) {case.bf16_us / times[best]:.2f}x",
+            flush=True,
+        )
+    write(args.out, rows)
     return 0
 
 
