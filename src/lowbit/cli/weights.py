@@ -116,27 +116,33 @@ def quantize_as_asked(
 
 def _batches(source: Source, model: Llama, text: Path | None, tokens: int, device: str) -> list[Tensor]:
     """Windows of ids `(1, T)`: the beginning of a file, or the end of the packaged text."""
-    from lowbit.tools.evaluate import held_out_text
-
-    words = held_out_text() if text is None else text.read_text(encoding="utf-8")
-    ids = torch.tensor(source.tokenizer().encode(words), device=device)
-    # The end of the packaged text; `eval` and the demo measure on its beginning.
-    ids = ids[-tokens:] if text is None else ids[:tokens]
+    if text is None:
+        ids = _end_of_prose(source, tokens)
+    else:
+        ids = torch.tensor(source.tokenizer().encode(text.read_text(encoding="utf-8")))[:tokens]
     if len(ids) < 2:
         raise ValueError(f"quantize: the calibration text has {len(ids)} tokens; give a longer one" + see("bad-option"))
-    windows = list(ids.view(1, -1).split(min(1024, model.config.max_positions), dim=1))
+    windows = list(ids.to(device).view(1, -1).split(_window(model), dim=1))
     say(f"gptq sees {len(ids)} tokens in {len(windows)} windows")
     return windows
 
 
 def _calibrated(source: Source, model: Llama) -> dict[str, Statistics]:
+    window = _window(model)
+    say(f"calibrating static activation scales on {window} tokens of the packaged prose")
+    return calibrate(model, [_end_of_prose(source, window).view(1, -1)])
+
+
+def _window(model: Llama) -> int:
+    """Tokens that the model sees at once."""
+    return min(1024, model.config.max_positions)
+
+
+def _end_of_prose(source: Source, tokens: int) -> Tensor:
+    """Ids `(T,)` of the packaged text's end; `eval` and the demo measure on its beginning."""
     from lowbit.tools.evaluate import held_out_text
 
-    # The end of the packaged text; `eval` and the demo measure on its beginning.
-    ids = torch.tensor(source.tokenizer().encode(held_out_text()))
-    window = min(1024, model.config.max_positions)
-    say(f"calibrating static activation scales on {window} tokens of the packaged prose")
-    return calibrate(model, [ids[-window:].view(1, -1)])
+    return torch.tensor(source.tokenizer().encode(held_out_text()))[-tokens:]
 
 
 @command
