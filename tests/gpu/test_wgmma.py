@@ -33,7 +33,7 @@ CONFIGS = [
 def test_matches_fp64(fmt: Format, n: int, k: int) -> None:
     for m in (1, 17, 64, 129, 300):
         x = inputs(m, k, torch.bfloat16, seed=m)
-        bias = torch.randn(n, device="cuda") if m % 2 else None
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(m)).cuda() if m % 2 else None
         y = wgmma.launch(x, weight_on_gpu(fmt, n, k).planes, fmt, n, bias)
         assert_close(y, expected(x, weight_on_gpu(fmt, n, k), bias), fmt, torch.bfloat16)
 

@@ -43,10 +43,14 @@ constexpr bool BYTES = KIND == VECTOR || (KIND == TABLE && BITS == 4);
 constexpr bool HAS_2 = BITS == 6 || BITS == 7;
 constexpr bool HAS_1 = BITS == 3 || BITS == 5 || BITS == 7;
 constexpr int TWO = HAS_2 ? CHUNK / 4 : 0, ONE = HAS_1 ? CHUNK / 8 : 0;  // bytes of a lane's chunk in the other planes
-// E4M3 block scales are at most 448: times 2^118 they fit bf16, and one product undoes the exponent of the bits. What
-// is left of 2^RESCALE waits for the end.
-constexpr bool FOLDED = KIND == FLOAT && SCALE_MODE == PER_CHUNK && SCALE_TYPE == E4M3;
-constexpr float FOLD = FOLDED ? 0x1p118f : 1.f;
+// Where one bf16 scale multiplies the decoded pair, it carries the power of two that decoding leaves out, so that a pair
+// costs no product of its own: 2^-FOLD of the true value, undone at the end. Weights beyond 2^44 would overflow.
+constexpr bool FOLDED = SCALE_MODE == PER_CHUNK && SCALE_TYPE != FP32 && OUTER_K <= 0 && (KIND == FLOAT || (KIND == INT && !ZERO));
+constexpr int FOLD = 50;
+// The code whose level is zero; of one bit, halfway between its two.
+constexpr float MIDDLE = BITS == 1 ? 0.5f : 1 << (BITS - 1);
+// Integers are decoded to 2^-UNIT of their levels; those of one bit to half of that, since their levels are -1 and 1.
+constexpr int UNIT = KIND == INT ? 6 + (BITS == 1 && !ZERO) : 0;
 // Scales of one chunk.
 constexpr int SCALES = SCALE_MODE == PER_CHUNK && GROUP < CHUNK ? CHUNK / GROUP : 1;
 
@@ -64,21 +68,13 @@ struct Arguments {
     int m, n, k, scale_columns, scale_rows, outer_columns, row_scales, bias_fp32;
 };
 
+__host__ __device__ constexpr float exp2i(int e) { return e == 0 ? 1.f : e > 0 ? 2.f * exp2i(e - 1) : 0.5f * exp2i(e + 1); }
+
 // Pairs of bf16. Below sm_90 only the fused form exists; times 1 and plus -0 change nothing.
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
-}
-
-__device__ __forceinline__ u32 sub2(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
-    u32 d;
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-#else
-    return fma2(a, 0x3f803f80, b ^ 0x80008000);
-#endif
 }
 
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
@@ -89,20 +85,6 @@ __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
 #else
     return fma2(a, b, 0x80008000);
 #endif
-}
-
-// (v & mask) | bits in one instruction, which the compiler does not find by itself for two constants.
-__device__ __forceinline__ u32 mask_or(u32 v, u32 mask, u32 bits) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
-    return d;
-}
-
-// Where the top bit of a half is set 1, else -1, as a bf16.
-__device__ __forceinline__ u32 one_if_set(u32 v) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(d) : "r"(v), "r"(0x80008000), "r"(0x3f803f80));
-    return d;
 }
 
 // bf16 without the toolkit's headers, which a user of the PyTorch wheels need not have.
@@ -121,6 +103,10 @@ __device__ __forceinline__ u32 narrow2(float low, float high) {
 }
 
 __device__ __forceinline__ u32 pair(float v) { return narrow(v) * 0x00010001u; }
+
+// Computed once: without this the compiler would rather compute addresses again than keep them.
+__device__ __forceinline__ void keep(u32 &v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void keep(int &v) { asm volatile("" : "+r"(v)); }
 
 __device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -183,19 +169,38 @@ __device__ __forceinline__ Pair pair_codes(int p) {
     return {first, first + CODES / 2};
 }
 
-// Codes of pair j of octet o in the low bits of both halves. Bits above them are dirty where one plane holds all of the
-// code.
+// The eight weights of an octet are two runs of four, SECOND_FOUR apart. Activations that meet them, in the order of pairs.
+constexpr int SECOND_FOUR = BYTES || MAIN >= 4 ? 4 : 16 / MAIN;
+
+__device__ __forceinline__ uint4 pairs_of(uint2 l, uint2 h) {
+    if constexpr (BYTES) return {l.x, l.y, h.x, h.y};
+    if constexpr (MAIN == 8)
+        return {__byte_perm(l.x, l.y, 0x5410), __byte_perm(l.x, l.y, 0x7632), __byte_perm(h.x, h.y, 0x5410),
+                __byte_perm(h.x, h.y, 0x7632)};
+    return {__byte_perm(l.x, h.x, 0x5410), __byte_perm(l.x, h.x, 0x7632), __byte_perm(l.y, h.y, 0x5410),
+            __byte_perm(l.y, h.y, 0x7632)};
+}
+
+// How far above the bottom of both halves the codes of pair j of octet o are brought. Integers stay in the byte where they
+// lie: their place is part of the constant that multiplies them, and one shift serves all pairs of the upper bytes.
+__device__ __forceinline__ constexpr int place_of(int o, int j) {
+    if (KIND != INT) return 0;
+    const int in_byte = (o * 4 + j) * MAIN % 8;
+    return BITS == MAIN ? in_byte : BITS == 3 ? (in_byte < 4 ? in_byte : 4) : 0;
+}
+
+// Codes of pair j of octet o at their place. Bits around them are dirty for floats and tables of a single plane, whose
+// decoders mask them anyway.
 __device__ __forceinline__ u32 pair_bits(const Chunk &c, int o, int j) {
-    u32 bits;
-    if constexpr (MAIN == 8) bits = j % 2 ? c.main[2 * o + j / 2] >> 8 : c.main[2 * o + j / 2];
-    if constexpr (MAIN == 4) bits = c.main[o] >> 4 * j;
-    if constexpr (MAIN == 2) bits = c.main[o / 2] >> (o % 2 * 8 + 2 * j);
-    if constexpr (MAIN == 1) bits = c.main[o / 4] >> (o % 4 * 4 + j);
-    if constexpr (BITS != MAIN) bits &= 0x00010001u * ((1 << MAIN) - 1);
+    constexpr int CODES = 16 / MAIN;  // in half a word of the main plane
+    const int place = place_of(o, j), word = (o * 4 + j) / CODES, lies = (o * 4 + j) % CODES * MAIN;
+    const auto moved = [](u32 v, int from, int to) { return from > to ? v >> (from - to) : v << (to - from); };
+    u32 bits = moved(c.main[word], lies, place);
+    if constexpr (KIND == INT || BITS != MAIN) bits &= 0x00010001u * ((1 << MAIN) - 1) << place;
     if constexpr (HAS_2) {
         // Sixteen bits for a word of eight codes: the second four go to the upper half.
         const u32 two = __byte_perm(c.two[o / 2], 0, o % 2 ? 0x4342 : 0x4140);
-        bits |= (j < 2 ? two << (4 - 2 * j) : two >> (2 * j - 4)) & 0x00300030;
+        bits |= moved(two, 2 * j, place + 4) & 0x00030003u << place + 4;
     }
     if constexpr (HAS_1) {
         constexpr int HIGH = BITS - 1;
@@ -204,10 +209,9 @@ __device__ __forceinline__ u32 pair_bits(const Chunk &c, int o, int j) {
             const u32 eight = c.one[o / 4] >> (o % 4 * 8) & 0xff;
             one = eight | eight << 12;
         } else {
-            const u32 sixteen = __byte_perm(c.one[o / 4], 0, o / 2 % 2 ? 0x4342 : 0x4140);
-            one = o % 2 ? sixteen >> 4 : sixteen;
+            one = __byte_perm(c.one[o / 4], 0, o / 2 % 2 ? 0x4342 : 0x4140);
         }
-        bits |= (j < HIGH ? one << (HIGH - j) : one >> (j - HIGH)) & (0x00010001u << HIGH);
+        bits |= moved(one, MAIN == 4 ? j : o % 2 * 4 + j, place + HIGH) & 0x00010001u << place + HIGH;
     }
     return bits;
 }
@@ -220,7 +224,6 @@ constexpr int TABLE_WORDS = HAS_TABLE ? 256 * COPIES : 1;
 __device__ __forceinline__ u32 float_pair(u32 bits) {
     constexpr u32 MAGNITUDE = ((1u << (BITS - 1)) - 1) << (7 - MANTISSA);
     const u32 value = (bits << (16 - BITS) & 0x80008000) | (bits << (7 - MANTISSA) & 0x00010001u * MAGNITUDE);
-    // Where a scale in bf16 follows, it carries the power of two.
     return FOLDED ? value : mul2(value, 0x00010001u * ((127 + RESCALE) << 7));
 }
 
@@ -249,20 +252,22 @@ __device__ __forceinline__ u32 look_up(u32 table, u32 index) {
     return entry;
 }
 
-// Pair j of octet o in bf16, before scaling. `base` is 128 + zero point (or offset) for integers.
+// 2^e as a pair of bf16.
+__device__ __forceinline__ constexpr u32 power(int e) { return 0x00010001u * ((127 + e) << 7); }
+
+// Codes of integers at their place, and no bits around them. As a bf16 they are 2^(place - 133) times the code: below 256
+// the encoding is linear, through the denormals and the first exponent. The codes of int8 become unsigned.
+__device__ __forceinline__ u32 integer_bits(const Chunk &c, int o, int j) {
+    const u32 bits = pair_bits(c, o, j);
+    return BITS == 8 && !ZERO ? bits ^ 0x00800080 : bits;
+}
+
+// Pair j of octet o in bf16, before scaling; of integers 2^-UNIT times the levels, exactly. `base` is `base_value`.
 __device__ __forceinline__ u32 decode(const Chunk &c, int o, int j, u32 base, u32 table) {
     if constexpr (BYTES) return look_up(table, j == 0 ? c.main[o] << ENTRY_SHIFT : c.main[o] >> (8 * j - ENTRY_SHIFT));
-    if constexpr (KIND == INT && BITS == 1 && !ZERO) return one_if_set(c.main[o / 4] << (15 - o % 4 * 4 - j));  // 2 code - 1
+    if constexpr (KIND == INT) return fma2(integer_bits(c, o, j), power(127 - place_of(o, j)), base);
     constexpr u32 CODE = 0x00010001u * ((1u << BITS) - 1);
     const u32 bits = pair_bits(c, o, j);
-    if constexpr (KIND == INT && BITS == 8) {
-        // int8: (128 + low 7 bits) - (128 + 128 * top bit); unsigned codes have their top bit flipped first.
-        const u32 t = ZERO ? bits ^ 0x00800080 : bits;
-        const u32 w = sub2(mask_or(t, 0x007f007f, 0x43004300), mask_or(t, 0x00800080, 0x43004300));
-        return ZERO ? sub2(w, base) : w;
-    }
-    // 128 + code, less 128 + zero point. The mask is idle for clean codes and free.
-    if constexpr (KIND == INT) return sub2(mask_or(bits, CODE, 0x43004300), base);
     if constexpr (KIND == FLOAT) return float_pair(bits);
     const u32 codes = bits & CODE;
     return look_up(table, (codes | codes >> 12) << ENTRY_SHIFT);
@@ -274,25 +279,27 @@ struct RawScale {
     float outer;
 };
 
-// Where the scales of a row begin.
+constexpr int SCALE_BYTES = SCALE_TYPE == FP32 ? 4 : SCALE_TYPE == BF16 ? 2 : 1;
+
+// Where the scales and zero points of a row begin.
 struct ScaleRow {
-    long long first;
+    const u8 *scale, *zero;
     const float *outer;
 };
 
 __device__ __forceinline__ ScaleRow scale_row(const Arguments &a, long long row) {
-    return {(a.scale_rows == 1 ? 0 : row / SCALE_N) * a.scale_columns, OUTER_K > 0 ? a.outer + row * a.outer_columns : nullptr};
+    const long long first = (a.scale_rows == 1 ? 0 : row / SCALE_N) * a.scale_columns;
+    return {(const u8 *)a.scale + first * SCALE_BYTES, ZERO ? a.zero + first : nullptr,
+            OUTER_K > 0 ? a.outer + row * a.outer_columns : nullptr};
 }
-
-constexpr int SCALE_BYTES = SCALE_TYPE == FP32 ? 4 : SCALE_TYPE == BF16 ? 2 : 1;
 
 __device__ __forceinline__ float load_outer(const ScaleRow &row, int column) {
     return OUTER_K > 0 ? __ldg(row.outer + column / (OUTER_K > 0 ? OUTER_K / GROUP : 1)) : 1.f;
 }
 
-__device__ __forceinline__ RawScale load_scale(const Arguments &a, const ScaleRow &row, int column) {
+__device__ __forceinline__ RawScale load_scale(const ScaleRow &row, int column) {
     RawScale s;
-    const u8 *from = (const u8 *)a.scale + (row.first + column) * SCALE_BYTES;
+    const u8 *from = row.scale + (long long)column * SCALE_BYTES;
     if constexpr (SCALE_BYTES == 4) s.bits = __ldg((const u32 *)from);
     else if constexpr (SCALE_BYTES == 2) s.bits = __ldg((const u16 *)from);
     else s.bits = __ldg(from);
@@ -307,16 +314,28 @@ struct Factor {
     u32 high, low;
 };
 
+// Of a float that is a bf16 already.
+__device__ __forceinline__ u32 pair_of_exact(float v) { return __byte_perm(__float_as_uint(v), 0, 0x3232); }
+
+// For integers with a folded scale, `low` takes off the middle of the levels.
 __device__ __forceinline__ Factor factor_of(float scale) {
-    const float s = scale * FOLD;
     if constexpr (TWO_FACTORS) {
-        const u16 high = narrow(s);
-        return {high * 0x00010001u, pair(s - wide(high))};
+        const u16 high = narrow(scale);
+        return {high * 0x00010001u, pair(scale - wide(high))};
     }
-    return {__byte_perm(__float_as_uint(s), 0, 0x3232), 0};  // is a bf16 already
+    if constexpr (FOLDED && KIND == INT)
+        return {pair_of_exact(scale * exp2i(133 - FOLD)), pair_of_exact(scale * (-MIDDLE * exp2i(-FOLD)))};
+    if constexpr (FOLDED) return {pair_of_exact(scale * exp2i(RESCALE - FOLD)), 0};
+    return {pair_of_exact(scale), 0};
 }
 
-__device__ __forceinline__ u32 scaled(u32 w, Factor f) {
+// Pair j of octet o times a scale that is finer than a step.
+__device__ __forceinline__ u32 decode_scaled(const Chunk &c, int o, int j, u32 base, u32 table, Factor f) {
+    if constexpr (FOLDED && KIND == INT) {
+        const int place = place_of(o, j);
+        return fma2(integer_bits(c, o, j), place ? mul2(f.high, power(-place)) : f.high, f.low);
+    }
+    const u32 w = decode(c, o, j, base, table);
     return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high);
 }
 
@@ -359,6 +378,9 @@ __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
     return s;
 }
 
+// What undoes the powers of two that decoding leaves.
+constexpr float UNDO = FOLDED ? exp2i(FOLD + (KIND == INT && BITS == 1)) : exp2i(UNIT);
+
 // What is left after the sum over K, for outputs of one row of W.
 struct Finish {
     float scale, bias;
@@ -366,7 +388,7 @@ struct Finish {
 
 __device__ __forceinline__ Finish finish_of(const Arguments &a, int n) {
     Finish f = {1, 0};
-    if constexpr (SCALE_MODE == PER_ROW) f.scale = scale_value(a, load_scale(a, scale_row(a, n), 0));
+    if constexpr (SCALE_MODE == PER_ROW) f.scale = scale_value(a, load_scale(scale_row(a, n), 0));
     if (a.bias) f.bias = a.bias_fp32 ? ((const float *)a.bias)[n] : wide(((const u16 *)a.bias)[n]);
     return f;
 }
@@ -378,20 +400,19 @@ __device__ __forceinline__ float token_scale(const Arguments &a, int token) {
 
 __device__ __forceinline__ float finish(const Arguments &a, float v, Finish f, float token_scale) {
     if constexpr (SCALE_MODE == PER_ROW) v *= f.scale;
-    if constexpr (FOLDED) v *= (float)(1 << (RESCALE > 118 ? RESCALE - 118 : 0));
+    v *= UNDO;
     if constexpr (OUTER_K == 0) v *= __ldg(a.outer);
     return v * token_scale + f.bias;
 }
 
-__device__ __forceinline__ u32 load_zero(const Arguments &a, const ScaleRow &row, int column) {
+__device__ __forceinline__ u32 load_zero(const ScaleRow &row, int column) {
     if constexpr (!ZERO) return 0;
-    return __ldg(a.zero + row.first + column);
+    return __ldg(row.zero + column);
 }
 
-// What `decode` takes off integers, as a pair.
+// What `decode` takes off integers, as a pair: the zero point, or the middle of the codes, in units of 2^-6.
 __device__ __forceinline__ u32 base_value(u32 zero) {
     if constexpr (KIND != INT) return 0;
-    const float bias = BITS == 8 ? -128.f : 128.f;
-    if constexpr (!ZERO) return pair(bias + (1 << (BITS - 1)));
-    return pair(bias + zero);
+    if constexpr (!ZERO) return pair(MIDDLE * (-1.f / 64));
+    return pair(zero * (-1.f / 64));
 }

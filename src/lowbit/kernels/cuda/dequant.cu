@@ -41,13 +41,13 @@ dequant(const __grid_constant__ Arguments a, int first_row, int rows, int begin,
             if constexpr (HAS_2) read_global<TWO>(c[r].two, a.codes2 + n * a.stride2 + k / CHUNK * TWO);
             if constexpr (HAS_1) read_global<ONE>(c[r].one, a.codes1 + n * a.stride1 + k / CHUNK * ONE);
             const ScaleRow from = scale_row(a, n);
-            scale[r] = load_scale(a, from, column);
-            zero[r] = load_zero(a, from, column);
+            scale[r] = load_scale(from, column);
+            zero[r] = load_zero(from, column);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (row_0 + r >= rows) break;
-            float s = scale_value(a, scale[r]);
+            float s = scale_value(a, scale[r]) * UNDO;
             if constexpr (OUTER_K == 0) s *= __ldg(a.outer);
             const u32 base = base_value(zero[r]);
             float v[CHUNK];

@@ -6,7 +6,9 @@
 // ring of its own. The activations lie in shared memory from the start, in the order in which `decode` pairs codes, so
 // that no weight is ever shuffled and no packed layout is needed.
 //
-// Compiled with -D beyond those of decode.cuh: TOKEN_TILES (of 8), CLUSTER, WHOLE (K is a multiple of SEGMENT).
+// Compiled with -D beyond those of decode.cuh: TOKEN_TILES (of 8), CLUSTER, WHOLE (K is a multiple of SEGMENT), BUFFERS
+// (tiles whose sums may wait to be added up, so that warps need not wait for each other), RESIDENT (blocks that registers
+// shall suffice for).
 
 #include "decode.cuh"
 
@@ -17,8 +19,6 @@ constexpr int PARTS = 16 / QUAD;             // chunks of a lane per segment
 constexpr int SEGMENT = PARTS * STEP;        // weights of one row
 constexpr int TWO_SEGMENT = 4 * PARTS * TWO, ONE_SEGMENT = 4 * PARTS * ONE;  // bytes of a row in the other planes
 constexpr int STAGE_BYTES = ROWS * (64 + TWO_SEGMENT + ONE_SEGMENT);
-// Tiles whose sums may wait to be added up, so that warps need not wait for each other.
-constexpr int BUFFERS = CLUSTER == 1 && TOKEN_TILES == 1 && !HAS_TABLE ? 4 : 2;
 // Scales of a row per segment: one per part for sums, else those of the lane's chunk.
 constexpr int ROW_SCALES = SCALE_MODE == PER_STEP ? PARTS : SCALE_MODE == PER_CHUNK ? SCALES : 1;
 
@@ -70,17 +70,13 @@ __device__ __forceinline__ float read_float(u32 at, int rank) {
     return v;
 }
 
-// Computed once: without this the compiler would rather compute addresses again than keep them.
-__device__ __forceinline__ void keep(u32 &v) { asm volatile("" : "+r"(v)); }
-__device__ __forceinline__ void keep(int &v) { asm volatile("" : "+r"(v)); }
-
 // Four activations from an address that is a multiple of 8, as two words.
 __device__ __forceinline__ uint2 load_four(const u16 *x) { return __ldg((const uint2 *)x); }
 
 #if CLUSTER > 1
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 2)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, RESIDENT)
 #else
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 #endif
 small_m(const __grid_constant__ Arguments a, int half) {
     extern __shared__ u8 memory[];  // the activations, then a ring for every warp
@@ -172,8 +168,8 @@ small_m(const __grid_constant__ Arguments a, int half) {
         for (int h = 0; h < 2; h++) {
             if constexpr (RUN) {
                 u32 bits[ROW_SCALES];
-                load_run<SCALE_BYTES>(bits, (const u8 *)a.scale + (scale_rows[h].first + k / GROUP) * SCALE_BYTES);
-                if constexpr (ZERO) load_run<1>(following.zero[h], a.zero + scale_rows[h].first + k / GROUP);
+                load_run<SCALE_BYTES>(bits, scale_rows[h].scale + k / GROUP * SCALE_BYTES);
+                if constexpr (ZERO) load_run<1>(following.zero[h], scale_rows[h].zero + k / GROUP);
 #pragma unroll
                 for (int i = 0; i < ROW_SCALES; i++) following.scale[h][i] = {bits[i], load_outer(scale_rows[h], k / GROUP + i)};
             } else {
@@ -182,8 +178,8 @@ small_m(const __grid_constant__ Arguments a, int half) {
                     int column = APART ? k / GROUP + i * WIDTH / GROUP : (k + i * WIDTH) / GROUP;
                     if (!WHOLE) column = min(column, a.scale_columns - 1);
                     if (SCALE_MODE == PER_ROW) column = 0;
-                    if constexpr (SCALE_MODE != PER_ROW) following.scale[h][i] = load_scale(a, scale_rows[h], column);
-                    following.zero[h][i] = load_zero(a, scale_rows[h], column);
+                    if constexpr (SCALE_MODE != PER_ROW) following.scale[h][i] = load_scale(scale_rows[h], column);
+                    following.zero[h][i] = load_zero(scale_rows[h], column);
                 }
             }
         }
@@ -208,21 +204,13 @@ small_m(const __grid_constant__ Arguments a, int half) {
             const u16 *x = a.x + (long long)token * a.k + k + pair_codes(octet % OCTETS * 4).first;
             const bool valid = token < a.m && k < a.k;
             low[i] = valid ? load_four(x) : uint2{0, 0};
-            high[i] = valid ? load_four(x + (BYTES || MAIN >= 4 ? 4 : 16 / MAIN)) : uint2{0, 0};
+            high[i] = valid ? load_four(x + SECOND_FOUR) : uint2{0, 0};
             to[i] = token < a.m ? x_memory + ((octet * a.m + token) * 4 + q) * 16 : 0;
             unit += WARPS * 32;
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const uint2 l = low[i], h = high[i];
-            uint4 pairs;
-            if constexpr (BYTES) pairs = {l.x, l.y, h.x, h.y};
-            else if constexpr (MAIN == 8)
-                pairs = {__byte_perm(l.x, l.y, 0x5410), __byte_perm(l.x, l.y, 0x7632), __byte_perm(h.x, h.y, 0x5410),
-                         __byte_perm(h.x, h.y, 0x7632)};
-            else
-                pairs = {__byte_perm(l.x, h.x, 0x5410), __byte_perm(l.x, h.x, 0x7632), __byte_perm(l.y, h.y, 0x5410),
-                         __byte_perm(l.y, h.y, 0x7632)};
+            uint4 pairs = pairs_of(low[i], high[i]);
             if (to[i])
                 asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to[i]), "r"(pairs.x), "r"(pairs.y), "r"(pairs.z),
                              "r"(pairs.w) : "memory");
@@ -300,8 +288,8 @@ small_m(const __grid_constant__ Arguments a, int half) {
                         const Factor factor = SCALE_MODE == PER_CHUNK ? factor_of(scale_value(a, scales.scale[h][s])) : Factor{};
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
-                            w[h][j] = decode(chunks[h], o, j, base, table);
-                            if constexpr (SCALE_MODE == PER_CHUNK) w[h][j] = scaled(w[h][j], factor);
+                            if constexpr (SCALE_MODE == PER_CHUNK) w[h][j] = decode_scaled(chunks[h], o, j, base, table, factor);
+                            else w[h][j] = decode(chunks[h], o, j, base, table);
                         }
                     }
 #pragma unroll

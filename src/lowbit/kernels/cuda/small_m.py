@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 MAX_TOKENS = 16
 WARPS, ROWS, STAGES = 8, 16, 4  # as in small_m.cu
-# Dynamic shared memory with which two blocks fit a multiprocessor of Hopper.
-SHARED_OF_TWO = 96 << 10
+# Dynamic shared memory with which two blocks fit a multiprocessor of Hopper, beside two buffers of sums.
+SHARED_OF_TWO = (113 << 10) - (10 << 10)
+SHARED_OF_THREE = (75 << 10) - (10 << 10)
+SUMS_BYTES = WARPS * ROWS * 8 * 4  # of a tile, for eight tokens
 
 # The names of small_m.cu.
 _INT, _FLOAT, _TABLE, _VECTOR = range(4)
@@ -103,6 +105,12 @@ def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str
     defines["OUTER_K"] = -1 if outer is None else outer.k or 0
     defines |= {"OFFSET": int(fmt.has("scale_offset")), "ZERO": int(fmt.has("zero_point"))}
     return tuple(sorted(defines.items()))
+
+
+def _defines(fmt: Format) -> Defines:
+    found = constants(fmt)
+    assert not isinstance(found, str), found
+    return found
 
 
 def room(arch: tuple[int, int]) -> int:
@@ -228,12 +236,16 @@ def _plan(
     sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
     cluster = cluster or cluster_for(fmt, m, n, k, sms, arch)
     shared = shared_bytes(fmt, m, k, cluster)
-    defines = constants(fmt)
-    assert not isinstance(defines, str), defines
     more = {"TOKEN_TILES": 1 if m <= 8 else 2, "CLUSTER": cluster, "WHOLE": int(k % chunk(fmt, 64) == 0)}
+    more |= {"BUFFERS": 2, "RESIDENT": 2}
     if has_table(fmt):
         more["COPIES"] = 32 if m <= 8 and shared + (32 << 10) <= SHARED_OF_TWO < room(arch) else 8
-    kernel = loader.load("small_m.cu", "small_m", tuple(sorted((dict(defines) | more).items())), device)
+    elif cluster == 1 and m <= 8 and shared + 2 * SUMS_BYTES <= SHARED_OF_TWO:
+        more["BUFFERS"] = 4
+        # Fewer registers for each of three blocks pay where there are tiles for them, and one plane to decode.
+        if -(-n // ROWS) > 2 * sms and len(fmt.element.code_planes) == 1 and shared + 2 * SUMS_BYTES <= SHARED_OF_THREE:
+            more["RESIDENT"] = 3
+    kernel = loader.load("small_m.cu", "small_m", tuple(sorted((dict(_defines(fmt)) | more).items())), device)
     resident = kernel.resident(32 * WARPS, shared, cluster)
     grid = min(-(-n // ROWS), resident) * cluster
     return kernel, grid, sms if cluster == 1 and grid == 2 * sms else 0, shared
@@ -243,36 +255,70 @@ def arguments(
     x: Tensor, y: Tensor, planes: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, row_scale: Tensor | None
 ) -> tuple[_Arguments, list[Tensor]]:
     """`struct Arguments` for `x (M, K)` and `y (M, N)`, and the tensors that must live until the launch."""
-    x = _aligned(x)
+    x = x if _fits(x) else x.clone(memory_format=torch.contiguous_format)
     keep = [x]
-
-    def address(t: Tensor | None) -> int | None:
-        if t is None:
-            return None
-        t = t.contiguous()
-        keep.append(t if t.data_ptr() % 16 == 0 else t.clone())
-        return keep[-1].data_ptr()
-
-    a = _Arguments(x=x.data_ptr(), y=y.data_ptr(), m=x.shape[0], n=y.shape[1], k=x.shape[1])
-    for i, (name, width, _) in enumerate(fmt.element.code_planes):
-        field = "" if i == 0 else str(width)
-        keep.append(_aligned(planes[name]))
-        setattr(a, f"codes{field}", keep[-1].data_ptr())
-        setattr(a, f"stride{field}", keep[-1].stride(0))
-    a.scale, (a.scale_rows, a.scale_columns) = address(planes["scale"]), planes["scale"].shape
-    a.zero, a.outer = address(planes.get("zero_point")), address(planes.get("outer_scale"))
-    a.outer_columns = keep[-1].shape[1] if a.outer else 0
-    a.offset, a.table = address(planes.get("scale_offset")), address(planes.get("codebook"))
+    weight = _of_weight(fmt, _layout(planes))
+    if weight is None:
+        rows = {name for name, _, _ in fmt.element.code_planes}
+        copies = {n: t if _fits(t, n in rows) else t.clone(memory_format=torch.contiguous_format)
+                  for n, t in planes.items()}  # fmt: skip
+        keep += copies.values()
+        weight = _of_weight(fmt, _layout(copies))
+        assert weight is not None
+    a = _Arguments.from_buffer_copy(weight)
+    a.x, a.y, a.m, a.n, a.k = x.data_ptr(), y.data_ptr(), x.shape[0], y.shape[1], x.shape[1]
     if row_scale is not None:
-        a.row_scale, a.row_scales = address(row_scale), row_scale.shape[0]
+        keep.append(row_scale.contiguous())
+        a.row_scale, a.row_scales = keep[-1].data_ptr(), row_scale.shape[0]
     if bias is not None:
         # fp16 is widened; bf16 and fp32 are read as they are.
-        a.bias = address(bias.float() if bias.dtype == torch.float16 else bias)
-        a.bias_fp32 = int(bias.dtype != torch.bfloat16)
+        keep.append((bias.float() if bias.dtype == torch.float16 else bias).contiguous())
+        a.bias, a.bias_fp32 = keep[-1].data_ptr(), int(bias.dtype != torch.bfloat16)
     return a, keep
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """16-byte loads need 16-byte addresses and row strides; views cut at other places are copied."""
-    fits = t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and t.stride(0) * t.element_size() % 16 == 0
-    return t if fits else t.clone(memory_format=torch.contiguous_format)
+#: Name, address, shape, strides and bytes per element of every plane: all that a launch depends on.
+Layout = tuple[tuple[str, int, torch.Size, tuple[int, ...], int], ...]
+
+
+def _layout(planes: Mapping[str, Tensor]) -> Layout:
+    return tuple([(n, t.data_ptr(), t.shape, t.stride(), t.element_size()) for n, t in planes.items()])
+
+
+@lru_cache(maxsize=4096)
+def _of_weight(fmt: Format, layout: Layout) -> _Arguments | None:
+    """The part of `struct Arguments` that is the weight's; None where planes lie so that they must be copied.
+
+    Remembered, since filling a structure costs an eager call more than anything else here. It holds no tensor: where
+    memory is used again, the same addresses mean the same arguments.
+    """
+    at = {name: (address, shape, strides) for name, address, shape, strides, _ in layout}
+    rows = {name for name, _, _ in fmt.element.code_planes}
+    for name, address, shape, strides, size in layout:
+        if not _lies_well(address, shape, strides, size, name in rows):
+            return None
+    a = _Arguments()
+    for i, (name, width, _) in enumerate(fmt.element.code_planes):
+        field = "" if i == 0 else str(width)
+        setattr(a, f"codes{field}", at[name][0])
+        setattr(a, f"stride{field}", at[name][2][0])
+    a.scale, (a.scale_rows, a.scale_columns), _ = at["scale"]
+    for field, name in (("zero", "zero_point"), ("outer", "outer_scale"), ("offset", "scale_offset"),
+                        ("table", "codebook")):  # fmt: skip
+        setattr(a, field, at[name][0] if name in at else None)
+    a.outer_columns = at["outer_scale"][1][-1] if "outer_scale" in at else 0
+    return a
+
+
+def _lies_well(address: int, shape: torch.Size, strides: tuple[int, ...], size: int, rows_apart: bool) -> bool:
+    """16-byte loads need 16-byte addresses and, where `rows_apart`, rows at multiples of 16 bytes; else no gaps."""
+    if rows_apart:
+        return address % 16 == 0 and strides[-1] == 1 and strides[0] * size % 16 == 0
+    dense, step = True, 1
+    for length, stride in zip(reversed(shape), reversed(strides)):
+        dense, step = dense and (length == 1 or stride == step), step * length
+    return address % 16 == 0 and dense
+
+
+def _fits(t: Tensor, rows_apart: bool = True) -> bool:
+    return _lies_well(t.data_ptr(), t.shape, t.stride(), t.element_size(), rows_apart)

@@ -42,10 +42,11 @@ __device__ __forceinline__ void copy_plane(u32 to, const u8 *from, const u32 (&r
         copy<BYTES>(to + (i * W_THREADS + threadIdx.x) * BYTES, from + (valid ? rows[i] : 0), valid);
 }
 
-__device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, int row, int quad) {
-    read_shared<16>(c.main, stage + row * 64 + quad * 16);
-    if constexpr (HAS_2) read_shared<TWO>(c.two, stage + ROWS * 64 + (row * 4 + quad) * TWO);
-    if constexpr (HAS_1) read_shared<ONE>(c.one, stage + ROWS * (64 + 4 * TWO) + (row * 4 + quad) * ONE);
+// `chunk` counts the four chunks of every row of the stage.
+__device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, u32 chunk) {
+    read_shared<16>(c.main, stage + chunk * 16);
+    if constexpr (HAS_2) read_shared<TWO>(c.two, stage + ROWS * 64 + chunk * TWO);
+    if constexpr (HAS_1) read_shared<ONE>(c.one, stage + ROWS * (64 + 4 * TWO) + chunk * ONE);
 }
 
 // Images of the activations: for every tile of TOKENS tokens and every 64 weights of K the bytes that shared memory is to
@@ -192,7 +193,8 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
     __shared__ u32 tables[TABLE_WORDS];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     // The 128-byte swizzle counts from multiples of 1024.
-    const u32 x_ring = (shared_address(memory) + 1023) & ~1023u, w_ring = x_ring + X_STAGES * X_BYTES;
+    u32 x_ring = (shared_address(memory) + 1023) & ~1023u, w_ring = x_ring + X_STAGES * X_BYTES;
+    keep(x_ring), keep(w_ring);
     const u32 out = w_ring + W_STAGES * W_BYTES;
     const u32 full = shared_address(barriers), empty = full + 8 * X_STAGES, w_full = empty + 8 * X_STAGES,
               w_empty = w_full + 8 * W_STAGES;
@@ -264,6 +266,8 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
         const int group = threadIdx.x / 128 - 1, base_row = group * 64 * ROW_TILES + warp * 16 + lane / 4;
+        u32 own_chunk = base_row * 4 + quad;
+        keep(own_chunk);
         int slot = 0, w_slot = 0;
         u32 phase = 0, w_phase = 0;
         // What blocks tell each other lies where the kernel before put zeros.
@@ -299,28 +303,28 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                     for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
                         for (int h = 0; h < 2; h++) {
-                            if constexpr (SCALE_MODE != PER_ROW) raw[i][h][s] = load_scale(a, scale_rows[i][h], column);
-                            zero[i][h][s] = load_zero(a, scale_rows[i][h], column);
+                            if constexpr (SCALE_MODE != PER_ROW) raw[i][h][s] = load_scale(scale_rows[i][h], column);
+                            zero[i][h][s] = load_zero(scale_rows[i][h], column);
                         }
                 }
             };
-            auto read_weights = [&](Chunk(&to)[ROW_TILES][2]) {
+            auto read_weights = [&]() {
                 wait_barrier(w_full + 8 * w_slot, w_phase);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) read_chunk(to[i][h], w_ring + w_slot * W_BYTES, base_row + 64 * i + 8 * h, quad);
+                    for (int h = 0; h < 2; h++) read_chunk(chunks[i][h], w_ring + w_slot * W_BYTES, own_chunk + 256 * i + 32 * h);
                 __syncwarp();
                 if (lane == 0) arrive_barrier(w_empty + 8 * w_slot);
                 if (++w_slot == W_STAGES) w_slot = 0, w_phase ^= 1;
             };
             load_scales(begin);
-            read_weights(chunks);
+            read_weights();
             for (int step = begin; step < end; step++) {
                 Factor factor[ROW_TILES][2][SCALES];
                 u32 base[ROW_TILES][2][SCALES], frag[2][BATCH][ROW_TILES][4];
                 float sum_scale[ROW_TILES][2];
-                Chunk following[ROW_TILES][2];
+                u32 images;
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
@@ -345,12 +349,18 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
 #pragma unroll
                                 for (int j = 0; j < 2; j++) {
                                     const int o = (batch * BATCH + b) / 2, of = o * SCALES / OCTETS;
-                                    u32 w = decode(chunks[i][h], o, 2 * (b % 2) + j, base[i][h][of], table);
-                                    if constexpr (SCALE_MODE == PER_CHUNK) w = scaled(w, factor[i][h][of]);
-                                    frag[batch % 2][b][i][2 * j + h] = w;
+                                    u32 &w = frag[batch % 2][b][i][2 * j + h];
+                                    const int pair = 2 * (b % 2) + j;
+                                    if constexpr (SCALE_MODE == PER_CHUNK)
+                                        w = decode_scaled(chunks[i][h], o, pair, base[i][h][of], table, factor[i][h][of]);
+                                    else w = decode(chunks[i][h], o, pair, base[i][h][of], table);
                                 }
                     const int place = batch * BATCH % (2 * X_OCTETS);  // in the stage of activations
-                    if (place == 0) wait_barrier(full + 8 * slot, phase);
+                    if (place == 0) {
+                        wait_barrier(full + 8 * slot, phase);
+                        // The same in all lanes, so that the compiler keeps descriptors where products take them from.
+                        images = __shfl_sync(~0u, x_ring + slot * X_BYTES >> 4 | 1 << 16, 0);
+                    }
                     if (SUMS && batch == 0 && step > begin) {
                         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
                         add_part();
@@ -358,8 +368,8 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                     for (int b = 0; b < BATCH; b++) {
-                        const u32 images = x_ring + slot * X_BYTES + (place + b) / 4 * IMAGE_BYTES + (place + b) % 4 * 32;
-                        const unsigned long long descriptor = 1ull << 62 | 64ull << 32 | 1ull << 16 | images >> 4;
+                        const u32 at = images + (place + b) / 4 * (IMAGE_BYTES / 16) + (place + b) % 4 * 2;
+                        const unsigned long long descriptor = 1ull << 62 | 64ull << 32 | at;
 #pragma unroll
                         for (int i = 0; i < ROW_TILES; i++) {
                             if constexpr (SUMS) wgmma(part[i], frag[batch % 2][b][i], descriptor, batch + b > 0);
@@ -373,13 +383,11 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                         if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
                     }
                     if (place == 2 * X_OCTETS - BATCH && ++slot == X_STAGES) slot = 0, phase ^= 1;
-                    if (batch == BATCHES - 2 && step + 1 < end) read_weights(following);
                 }
+                if (step + 1 < end) read_weights();  // while the last products are under way
+                if constexpr (SUMS)
 #pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-                    chunks[i][0] = following[i][0], chunks[i][1] = following[i][1];
-                    if constexpr (SUMS) part_scale[i][0] = sum_scale[i][0], part_scale[i][1] = sum_scale[i][1];
-                }
+                    for (int i = 0; i < ROW_TILES; i++) part_scale[i][0] = sum_scale[i][0], part_scale[i][1] = sum_scale[i][1];
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));

@@ -76,26 +76,38 @@ def instruction(tokens: int) -> str:
     )
 
 
-def octets(fmt: Format, tokens: int) -> int:
-    """Octets of K per stage of activations: as many as a stage of weights has, in stages of about 16 KiB."""
-    return min(small_m.chunk(fmt) // 8, max(2, (16 << 10) // (tokens * 64)))
+@dataclass(frozen=True)
+class Stages:
+    """How shared memory is divided.
+
+    Attributes:
+        x_octets: octets of K per stage of activations.
+        x, w: stages of the rings of activations and of weights.
+        shared: bytes of dynamic shared memory.
+    """
+
+    x_octets: int
+    x: int
+    w: int
+    shared: int
 
 
-def stages(fmt: Format, c: Config) -> tuple[int, int, int]:
-    """Stages of the rings of activations and of weights that fit, and the bytes of dynamic shared memory."""
+def stages(fmt: Format, c: Config) -> Stages:
+    """The rings that fit: stages of weights for all of those of activations."""
     size = small_m.chunk(fmt)
-    x_octets = octets(fmt, c.tokens)
+    # As many octets as a stage of weights has, in stages of about 16 KiB.
+    x_octets = min(size // 8, max(2, (16 << 10) // (c.tokens * 64)))
     per_step, x_bytes = size // 8 // x_octets, c.tokens * 64 * x_octets
     w_bytes = c.rows * sum(width * 4 * size // fmt.element.vector // 8 for _, width, _ in fmt.element.code_planes)
     out = 4 * c.warpgroups * min(c.tokens, 32) * 48
     tables = 32 << 10 if small_m.has_table(fmt) else 0
     budget = SHARED_PER_BLOCK // c.blocks - out - tables
-    best = (2, 2)
-    for x_stages in range(2, 25):
-        w_stages = max(2, -(-x_stages // per_step))
-        if x_stages * x_bytes + w_stages * w_bytes <= budget:
-            best = (x_stages, w_stages)
-    return *best, best[0] * x_bytes + best[1] * w_bytes + out + 1024
+    x, w = 2, 2
+    for more_x in range(2, 25):
+        more_w = max(2, -(-more_x // per_step))
+        if more_x * x_bytes + more_w * w_bytes <= budget:
+            x, w = more_x, more_w
+    return Stages(x_octets, x, w, x * x_bytes + w * w_bytes + out + 1024)
 
 
 @cache
@@ -104,7 +116,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     defines = small_m.constants(fmt, (16,))
     if isinstance(defines, str):
         return defines
-    x_stages, w_stages, _ = stages(fmt, c)
+    rings = stages(fmt, c)
     found = dict(defines)
     # Registers per thread of the two kinds of warpgroup. They share what the block starts with, whole eights per
     # thread; asking for more would wait forever.
@@ -114,6 +126,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     # What the products need beside their sums, as the compiler's reports say.
     sums, scales = c.row_tiles * c.tokens // 2, max(1, small_m.chunk(fmt) // found["GROUP"])
     rest = 40 * c.row_tiles + 16 * (scales if found["SCALE_MODE"] == small_m.PER_CHUNK else 1)
+    rest += 16 * c.row_tiles * (small_m.chunk(fmt) // 128)  # words of many codes, shifted once for all of them
     rest += 8 * c.row_tiles * (len(fmt.element.code_planes) - 1)
     rest += 8 * c.row_tiles * (found["ZERO"] + (found["OUTER_K"] > 0) + (found["SCALE_N"] > 1))
     if sums + rest > consumer:
@@ -123,9 +136,9 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     ):
         found["SCALE_MODE"] = small_m.PER_CHUNK
     found |= {
-        "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": x_stages,
-        "X_OCTETS": octets(fmt, c.tokens), "CONSUMERS": c.warpgroups, "W_STAGES": w_stages, "PRODUCER_REGS": producer,
-        "CONSUMER_REGS": consumer,
+        "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
+        "X_OCTETS": rings.x_octets, "CONSUMERS": c.warpgroups, "W_STAGES": rings.w,
+        "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer,
     }  # fmt: skip
     return tuple(sorted(found.items()))
 
@@ -218,7 +231,7 @@ def launch(
     c = config
     pack, kernel = _kernels(fmt, c, x.device.index)
     a, _keep = small_m.arguments(x, y, planes, fmt, bias, row_scale)
-    step, (*_, shared) = 4 * small_m.chunk(fmt), stages(fmt, c)
+    step = 4 * small_m.chunk(fmt)
     steps, token_tiles = -(-k // step), -(-m // c.tokens)
     tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
     blocks = min(tiles * units, multiprocessors(x.device) * c.blocks)
@@ -237,7 +250,7 @@ def launch(
         pack(-(-max(images // 16, flags // 4) // 256), 256, *packing, early=torch.cuda.is_current_stream_capturing())
         a.x = at
         shares = (pointer(at + images), pointer(at + images + sums), number(units))
-        kernel(blocks, c.threads, a, *shares, early=True, shared=shared)
+        kernel(blocks, c.threads, a, *shares, early=True, shared=stages(fmt, c).shared)
     return y
 
 
