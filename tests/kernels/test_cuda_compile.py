@@ -40,11 +40,11 @@ def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
     return loader.compile_source(source, "small_m", tuple(sorted((dict(defines) | more).items())), arch)
 
 
-def wgmma_code(fmt: Format, config: Config) -> bytes:
+def wgmma_code(fmt: Format, config: Config, dtype: torch.dtype = torch.bfloat16) -> bytes:
     defines = wgmma.constants(fmt, config)
     assert not isinstance(defines, str), defines
-    source = wgmma.instruction(config.tokens) + loader.read_source("wgmma.cu")
-    return loader.compile_source(source, "wgmma", defines, HOPPER)
+    source = wgmma.instruction(config.tokens, dtype) + loader.read_source("wgmma.cu")
+    return loader.compile_source(source, "wgmma", (*defines, ("FP16", int(dtype == torch.float16))), HOPPER)
 
 
 def dequant_code(fmt: Format, arch: tuple[int, int]) -> bytes:
@@ -86,7 +86,9 @@ def test_few_tokens(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "int3:g64", "nf4:g64", "nvfp4", "int4:g64:asym"])
-@pytest.mark.parametrize("changes", [{"TOKEN_TILES": 2, "COPIES": 8}, {"CLUSTER": 4}, {"WHOLE": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"TOKEN_TILES": 2, "COPIES": 8}, {"CLUSTER": 4}, {"WHOLE": 0}, {"FP16": 1}], ids=str
+)
 def test_other_instances_for_few_tokens(spec: str, changes: dict[str, int]) -> None:
     assert_in_registers(instructions(small_m_code(parse_format(spec), HOPPER, **changes), "small_m"), "HMMA")
 
@@ -104,6 +106,14 @@ def test_matrix_units(fmt: Format) -> None:
         assert sum("0x1" in line for line in waits) == len(products) // (2 * config.row_tiles)
         assert sum("0x0" in line for line in waits) <= 2
         assert any("UBLKCP" in line for line in code)
+        assert_in_registers(code, "HGMMA")
+
+
+@pytest.mark.parametrize("spec", ["int4:g128", "int4:g32", "int8:row", "nf4:g64", "mxfp4"])
+def test_matrix_units_in_fp16(spec: str) -> None:
+    for config in (Config(64), Config(256)):
+        code = instructions(wgmma_code(parse_format(spec), config, torch.float16), "wgmma_kernel")
+        assert all(".F32" in line and "BF16" not in line for line in code if "HGMMA" in line)
         assert_in_registers(code, "HGMMA")
 
 

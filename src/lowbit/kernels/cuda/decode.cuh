@@ -1,15 +1,15 @@
-// From packed codes to bf16 operands of the tensor cores: what the CUDA C++ kernels share.
+// From packed codes to bf16 or fp16 operands of the tensor cores: what the CUDA C++ kernels share.
 //
 // A lane takes QUAD consecutive bytes of a row's main plane (a chunk) and decodes eight codes at a time (an octet) into
-// four bf16 pairs. The order of K inside a product is free, so a pair holds the two codes that one mask takes out of a
+// four pairs. The order of K inside a product is free, so a pair holds the two codes that one mask takes out of a
 // 32-bit word, which are half a word apart: `pair_codes` says which, and activations are laid out to match.
 //
-// Compiled with -D, which small_m.py derives from a format's declarations: QUAD, BITS per code, KIND, MANTISSA, RESCALE,
-// TABLE_FP32; SCALE_MODE, SCALE_TYPE, GROUP (weights per scale along K), SCALE_N (along N), ZERO, OUTER_K (-1: no outer
+// Compiled with -D FP16 (else operands are bf16), and with what small_m.py derives from a format's declarations: QUAD,
+// BITS per code, KIND, MANTISSA, BIAS, TABLE_FP32; SCALE_MODE, SCALE_TYPE, GROUP (weights per scale along K), SCALE_N (along N), ZERO, OUTER_K (-1: no outer
 // scale, 0: one for the tensor, else weights per outer scale), OFFSET.
 
 #define INT 0     // level = code - offset
-#define FLOAT 1   // small float: MANTISSA bits of fraction, value = bits * 2^RESCALE as a bf16
+#define FLOAT 1   // small float: MANTISSA bits of fraction, exponent less BIAS
 #define TABLE 2   // 16-bit entries, up to 16 of them, looked up in pairs
 #define VECTOR 3  // 256 entries of two weights
 
@@ -27,6 +27,9 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
+#ifndef FP16
+#define FP16 0
+#endif
 #ifndef COPIES
 #define COPIES 32  // of a table in shared memory: every lane has a bank of its own; or 8, where room is scarce
 #endif
@@ -43,14 +46,21 @@ constexpr bool BYTES = KIND == VECTOR || (KIND == TABLE && BITS == 4);
 constexpr bool HAS_2 = BITS == 6 || BITS == 7;
 constexpr bool HAS_1 = BITS == 3 || BITS == 5 || BITS == 7;
 constexpr int TWO = HAS_2 ? CHUNK / 4 : 0, ONE = HAS_1 ? CHUNK / 8 : 0;  // bytes of a lane's chunk in the other planes
+// The 16-bit operands: bits of fraction, what is taken off exponents, and the value of the smallest denormal as a power.
+constexpr int FRACTION = FP16 ? 10 : 7, EXCESS = FP16 ? 15 : 127, LEAST = FP16 ? -24 : -133;
+// What a small float in the place of an operand lacks.
+constexpr int RESCALE = EXCESS - BIAS;
 // Where one bf16 scale multiplies the decoded pair, it carries the power of two that decoding leaves out, so that a pair
-// costs no product of its own: 2^-FOLD of the true value, undone at the end. Weights beyond 2^44 would overflow.
-constexpr bool FOLDED = SCALE_MODE == PER_CHUNK && SCALE_TYPE != FP32 && OUTER_K <= 0 && (KIND == FLOAT || (KIND == INT && !ZERO));
+// costs no product of its own: 2^-FOLD of the true value, undone at the end. Weights beyond 2^44 would overflow; the
+// exponents of fp16 have no room for it.
+constexpr bool FOLDED =
+    !FP16 && SCALE_MODE == PER_CHUNK && SCALE_TYPE != FP32 && OUTER_K <= 0 && (KIND == FLOAT || (KIND == INT && !ZERO));
 constexpr int FOLD = 50;
 // The code whose level is zero; of one bit, halfway between its two.
 constexpr float MIDDLE = BITS == 1 ? 0.5f : 1 << (BITS - 1);
 // Integers are decoded to 2^-UNIT of their levels; those of one bit to half of that, since their levels are -1 and 1.
-constexpr int UNIT = KIND == INT ? 6 + (BITS == 1 && !ZERO) : 0;
+constexpr int BASE_UNIT = -LEAST - EXCESS;
+constexpr int UNIT = KIND == INT ? BASE_UNIT + (BITS == 1 && !ZERO) : 0;
 // Scales of one chunk.
 constexpr int SCALES = SCALE_MODE == PER_CHUNK && GROUP < CHUNK ? CHUNK / GROUP : 1;
 
@@ -70,37 +80,53 @@ struct Arguments {
 
 __host__ __device__ constexpr float exp2i(int e) { return e == 0 ? 1.f : e > 0 ? 2.f * exp2i(e - 1) : 0.5f * exp2i(e + 1); }
 
-// Pairs of bf16. Below sm_90 only the fused form exists; times 1 and plus -0 change nothing.
+// 2^e as a pair of operands.
+__device__ __forceinline__ constexpr u32 power(int e) { return 0x00010001u * ((EXCESS + e) << FRACTION); }
+
+// Pairs of operands. Below sm_90 bf16 has only the fused form; plus -0 changes nothing.
+#if FP16
+#define OPERAND "f16"
+#else
+#define OPERAND "bf16"
+#endif
+#define PAIR OPERAND "x2"
+
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
     u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    asm("fma.rn." PAIR " %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
 
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 || FP16
     u32 d;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 #else
     return fma2(a, b, 0x80008000);
 #endif
 }
 
-// bf16 without the toolkit's headers, which a user of the PyTorch wheels need not have.
-__device__ __forceinline__ float wide(u16 h) { return __uint_as_float((u32)h << 16); }
+// 16-bit floats without the toolkit's headers, which a user of the PyTorch wheels need not have.
+__device__ __forceinline__ float bf16_value(u16 h) { return __uint_as_float((u32)h << 16); }
 
-__device__ __forceinline__ u16 narrow(float v) {
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
-    return h;
+__device__ __forceinline__ float wide(u16 h) {
+#if FP16
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h));
+    return v;
+#else
+    return bf16_value(h);
+#endif
 }
 
 __device__ __forceinline__ u32 narrow2(float low, float high) {
     u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
+
+__device__ __forceinline__ u16 narrow(float v) { return narrow2(v, 0); }
 
 __device__ __forceinline__ u32 pair(float v) { return narrow(v) * 0x00010001u; }
 
@@ -219,12 +245,12 @@ __device__ __forceinline__ u32 pair_bits(const Chunk &c, int o, int j) {
 constexpr bool HAS_TABLE = KIND == TABLE || KIND == VECTOR;
 constexpr int TABLE_WORDS = HAS_TABLE ? 256 * COPIES : 1;
 
-// Floats of BITS bits in the halves of a word, brought to their places in a bf16. What a shift brings across the halves
+// Floats of BITS bits in the halves of a word, brought to their places in an operand. What a shift brings across the halves
 // is masked.
 __device__ __forceinline__ u32 float_pair(u32 bits) {
-    constexpr u32 MAGNITUDE = ((1u << (BITS - 1)) - 1) << (7 - MANTISSA);
-    const u32 value = (bits << (16 - BITS) & 0x80008000) | (bits << (7 - MANTISSA) & 0x00010001u * MAGNITUDE);
-    return FOLDED ? value : mul2(value, 0x00010001u * ((127 + RESCALE) << 7));
+    constexpr u32 MAGNITUDE = ((1u << (BITS - 1)) - 1) << (FRACTION - MANTISSA);
+    const u32 value = (bits << (16 - BITS) & 0x80008000) | (bits << (FRACTION - MANTISSA) & 0x00010001u * MAGNITUDE);
+    return FOLDED || RESCALE == 0 ? value : mul2(value, power(RESCALE));
 }
 
 // Copies of the table, interleaved, so that the lanes of a warp mostly find different banks. Returns the shared-memory
@@ -252,20 +278,17 @@ __device__ __forceinline__ u32 look_up(u32 table, u32 index) {
     return entry;
 }
 
-// 2^e as a pair of bf16.
-__device__ __forceinline__ constexpr u32 power(int e) { return 0x00010001u * ((127 + e) << 7); }
-
-// Codes of integers at their place, and no bits around them. As a bf16 they are 2^(place - 133) times the code: below 256
-// the encoding is linear, through the denormals and the first exponent. The codes of int8 become unsigned.
+// Codes of integers at their place, and no bits around them. As an operand they are 2^(place + LEAST) times the code: below
+// 256 the encoding is linear, through the denormals and the first exponent. The codes of int8 become unsigned.
 __device__ __forceinline__ u32 integer_bits(const Chunk &c, int o, int j) {
     const u32 bits = pair_bits(c, o, j);
     return BITS == 8 && !ZERO ? bits ^ 0x00800080 : bits;
 }
 
-// Pair j of octet o in bf16, before scaling; of integers 2^-UNIT times the levels, exactly. `base` is `base_value`.
+// Pair j of octet o before scaling; of integers 2^-UNIT times the levels, exactly. `base` is `base_value`.
 __device__ __forceinline__ u32 decode(const Chunk &c, int o, int j, u32 base, u32 table) {
     if constexpr (BYTES) return look_up(table, j == 0 ? c.main[o] << ENTRY_SHIFT : c.main[o] >> (8 * j - ENTRY_SHIFT));
-    if constexpr (KIND == INT) return fma2(integer_bits(c, o, j), power(127 - place_of(o, j)), base);
+    if constexpr (KIND == INT) return fma2(integer_bits(c, o, j), power(EXCESS - place_of(o, j)), base);
     constexpr u32 CODE = 0x00010001u * ((1u << BITS) - 1);
     const u32 bits = pair_bits(c, o, j);
     if constexpr (KIND == FLOAT) return float_pair(bits);
@@ -307,24 +330,26 @@ __device__ __forceinline__ RawScale load_scale(const ScaleRow &row, int column) 
     return s;
 }
 
-// A scale as the factor of decoded pairs. What does not fit a bf16 goes into a second one, so that a product is rounded once.
+// A scale as the factor of decoded pairs. In fp16, which has few exponents, it undoes the unit of integers. What does not
+// fit an operand goes into a second one, so that a product is rounded once.
 constexpr bool TWO_FACTORS = SCALE_MODE == PER_CHUNK && (SCALE_TYPE == FP32 || OUTER_K > 0);
 
 struct Factor {
     u32 high, low;
 };
 
-// Of a float that is a bf16 already.
-__device__ __forceinline__ u32 pair_of_exact(float v) { return __byte_perm(__float_as_uint(v), 0, 0x3232); }
+// Of a float that is an operand already.
+__device__ __forceinline__ u32 pair_of_exact(float v) { return FP16 ? pair(v) : __byte_perm(__float_as_uint(v), 0, 0x3232); }
 
 // For integers with a folded scale, `low` takes off the middle of the levels.
 __device__ __forceinline__ Factor factor_of(float scale) {
+    if constexpr (FP16 && KIND == INT) scale *= exp2i(BASE_UNIT);
     if constexpr (TWO_FACTORS) {
         const u16 high = narrow(scale);
         return {high * 0x00010001u, pair(scale - wide(high))};
     }
     if constexpr (FOLDED && KIND == INT)
-        return {pair_of_exact(scale * exp2i(133 - FOLD)), pair_of_exact(scale * (-MIDDLE * exp2i(-FOLD)))};
+        return {pair_of_exact(scale * exp2i(-LEAST - FOLD)), pair_of_exact(scale * (-MIDDLE * exp2i(-FOLD)))};
     if constexpr (FOLDED) return {pair_of_exact(scale * exp2i(RESCALE - FOLD)), 0};
     return {pair_of_exact(scale), 0};
 }
@@ -365,7 +390,7 @@ __device__ __forceinline__ void load_run(u32 (&out)[COUNT], const u8 *from) {
 __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
     float s;
     if constexpr (SCALE_TYPE == FP32) s = __uint_as_float(raw.bits);
-    if constexpr (SCALE_TYPE == BF16) s = wide(raw.bits);
+    if constexpr (SCALE_TYPE == BF16) s = bf16_value(raw.bits);
     if constexpr (SCALE_TYPE == INT8) s = (float)(signed char)raw.bits;
     if constexpr (SCALE_TYPE == E8M0) {
         // 2^(e - 127); 0 stands for 2^-127, 255 for NaN.
@@ -379,7 +404,9 @@ __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
 }
 
 // What undoes the powers of two that decoding leaves.
-constexpr float UNDO = FOLDED ? exp2i(FOLD + (KIND == INT && BITS == 1)) : exp2i(UNIT);
+constexpr float UNDO = exp2i(FOLDED                                              ? FOLD + (KIND == INT && BITS == 1)
+                             : FP16 && KIND == INT && SCALE_MODE == PER_CHUNK ? UNIT - BASE_UNIT
+                                                                               : UNIT);
 
 // What is left after the sum over K, for outputs of one row of W.
 struct Finish {
@@ -410,9 +437,9 @@ __device__ __forceinline__ u32 load_zero(const ScaleRow &row, int column) {
     return __ldg(row.zero + column);
 }
 
-// What `decode` takes off integers, as a pair: the zero point, or the middle of the codes, in units of 2^-6.
+// What `decode` takes off integers, as a pair: the zero point, or the middle of the codes, in their unit.
 __device__ __forceinline__ u32 base_value(u32 zero) {
     if constexpr (KIND != INT) return 0;
-    if constexpr (!ZERO) return pair(MIDDLE * (-1.f / 64));
-    return pair(zero * (-1.f / 64));
+    if constexpr (!ZERO) return pair(MIDDLE * -exp2i(-BASE_UNIT));
+    return pair(zero * -exp2i(-BASE_UNIT));
 }

@@ -1,5 +1,5 @@
 // y (M, N) = x (M, K) W (N, K)^T for M <= 8 * TOKEN_TILES tokens; W in any format, read once, straight from the
-// canonical planes. bf16 activations, mma.sync m16n8k16, fp32 accumulation in a fixed order.
+// canonical planes. bf16 or fp16 activations, mma.sync m16n8k16, fp32 accumulation in a fixed order.
 //
 // Blocks stay for the whole run and go through tiles of 16 rows of W; the warps of a block, and the CLUSTER blocks of a
 // cluster, share K in segments of 64 bytes of the main plane. Every warp keeps STAGES - 1 segments on their way into a
@@ -26,7 +26,7 @@ constexpr int ROW_SCALES = SCALE_MODE == PER_STEP ? PARTS : SCALE_MODE == PER_CH
 __device__ __forceinline__ int swizzled(int row, int piece) { return piece ^ (QUAD == 8 ? row / 2 % 2 * 2 : row / 2 % 4); }
 
 __device__ __forceinline__ void mma(float *d, const u32 (&a)[4], u32 b0, u32 b1, const float *c) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." OPERAND "." OPERAND ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }

@@ -72,11 +72,11 @@ def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str
             that scales multiply fp32 sums.
     """
     e, size = fmt.element, chunk(fmt)
-    defines = {"QUAD": 16, "BITS": e.bits, "MANTISSA": 0, "RESCALE": 0, "TABLE_FP32": 0}
+    defines = {"QUAD": 16, "BITS": e.bits, "MANTISSA": 0, "BIAS": 0, "TABLE_FP32": 0}
     if isinstance(e, IntElement):
         defines["KIND"] = _INT
     elif isinstance(e, FloatElement):
-        defines |= {"KIND": _FLOAT, "MANTISSA": e.mantissa_bits, "RESCALE": 127 - e.bias}
+        defines |= {"KIND": _FLOAT, "MANTISSA": e.mantissa_bits, "BIAS": e.bias}
     elif isinstance(e, TableElement) and (e.bits, e.vector) in ((2, 1), (3, 1), (4, 1), (8, 2)):
         defines["KIND"] = _TABLE if e.vector == 1 else _VECTOR
         defines["TABLE_FP32"] = int(fmt.plane("codebook").dtype == torch.float32)
@@ -155,6 +155,15 @@ def is_cheap(fmt: Format) -> bool:
     return isinstance(e, FloatElement) and e.bits == 8 and by_row
 
 
+def why_not_dtype(problem: Problem) -> str | None:
+    """Why the CUDA C++ kernels have no instance for a problem's activations."""
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"written for bf16 and fp16, got {problem.dtype}"
+    if problem.dtype == torch.float16 and problem.act:
+        return "quantized activations are multiplied in bf16"
+    return None
+
+
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
     fmt, act = problem.weight, problem.activation
@@ -162,17 +171,17 @@ def why_not(problem: Problem) -> str | None:
     most = 8 if is_cheap(fmt) or problem.arch == (9, 0) else MAX_TOKENS
     if problem.m > most:
         return f"M = {problem.m} is above {most}, where other kernels are faster"
-    if problem.dtype != torch.bfloat16:
-        return f"written for bf16, got {problem.dtype}"
+    if (reason := why_not_dtype(problem)) is not None:
+        return reason
     if problem.arch is not None and problem.arch < (8, 0):
         return f"needs compute capability 8.0, this GPU has {problem.arch[0]}.{problem.arch[1]}"
     if act is not None and act.grouped:
         return "scales per group of the activation change along K"
     if problem.k % chunk(fmt):
         return f"K = {problem.k} is no multiple of the {chunk(fmt)} weights that a lane takes"
-    reason = constants(fmt)
-    if isinstance(reason, str):
-        return reason
+    found = constants(fmt)
+    if isinstance(found, str):
+        return found
     arch = problem.arch or (9, 0)
     shared = shared_bytes(fmt, problem.m, problem.k, cluster_for(fmt, problem.m, problem.n, problem.k, 132, arch))
     if shared > room(arch):
@@ -189,7 +198,7 @@ def describe(problem: Problem) -> str:
 def small_m(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes."""
+    """The table's entry: `y (M, N)` from `x (M, K)`, both bf16 or fp16, and the planes."""
     x, row_scale = operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
@@ -212,17 +221,17 @@ def launch(
     row_scale: Tensor | None = None,
     cluster: int | None = None,
 ) -> Tensor:
-    """`y (M, N)` bf16 from `x (M, K)` bf16, M <= 16.
+    """`y (M, N)` from `x (M, K)`, both bf16 or fp16, M <= 16.
 
     Args:
         row_scale: fp32 `(M or 1, 1)`, multiplied into the result.
         cluster: 1, 2, 4 or 8 blocks that share K, instead of the rule's choice.
     """
     m, k = x.shape
-    y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     a, _keep = arguments(x, y, planes, fmt, bias, row_scale)
     with on_device(x):
-        kernel, grid, half, shared = _plan(fmt, m, n, k, x.device.index, cluster)
+        kernel, grid, half, shared = _plan(fmt, m, n, k, x.device.index, cluster, x.dtype)
         early = torch.cuda.is_current_stream_capturing()
         kernel(grid, 32 * WARPS, a, ctypes.c_int(half), early=early, shared=shared)
     return y
@@ -230,14 +239,14 @@ def launch(
 
 @cache
 def _plan(
-    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None
+    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None, dtype: torch.dtype
 ) -> tuple[loader.CudaKernel, int, int, int]:
     """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
     sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
     cluster = cluster or cluster_for(fmt, m, n, k, sms, arch)
     shared = shared_bytes(fmt, m, k, cluster)
     more = {"TOKEN_TILES": 1 if m <= 8 else 2, "CLUSTER": cluster, "WHOLE": int(k % chunk(fmt, 64) == 0)}
-    more |= {"BUFFERS": 2, "RESIDENT": 2}
+    more |= {"BUFFERS": 2, "RESIDENT": 2, "FP16": int(dtype == torch.float16)}
     if has_table(fmt):
         more["COPIES"] = 32 if m <= 8 and shared + (32 << 10) <= SHARED_OF_TWO < room(arch) else 8
     elif cluster == 1 and m <= 8 and shared + 2 * SUMS_BYTES <= SHARED_OF_TWO:
@@ -271,9 +280,9 @@ def arguments(
         keep.append(row_scale.contiguous())
         a.row_scale, a.row_scales = keep[-1].data_ptr(), row_scale.shape[0]
     if bias is not None:
-        # fp16 is widened; bf16 and fp32 are read as they are.
-        keep.append((bias.float() if bias.dtype == torch.float16 else bias).contiguous())
-        a.bias, a.bias_fp32 = keep[-1].data_ptr(), int(bias.dtype != torch.bfloat16)
+        # Read as it is in fp32 or in the dtype of the outputs; else widened.
+        keep.append((bias if bias.dtype in (y.dtype, torch.float32) else bias.float()).contiguous())
+        a.bias, a.bias_fp32 = keep[-1].data_ptr(), int(keep[-1].dtype == torch.float32)
     return a, keep
 
 

@@ -1,5 +1,5 @@
 // y (M, N) = x (M, K) W (N, K)^T for tiles of TOKENS tokens; W in any format, straight from the canonical planes. bf16
-// activations, wgmma with the decoded weights in registers, fp32 accumulation in a fixed order. Hopper only.
+// or fp16 activations, wgmma with the decoded weights in registers, fp32 accumulation in a fixed order. Hopper only.
 //
 // One producer warpgroup copies, CONSUMERS warpgroups decode and multiply; each of these owns 64 * ROW_TILES rows. As
 // in small_m.cu the order of K inside a product is free: a lane owns 16 consecutive bytes of its row (a chunk), so four

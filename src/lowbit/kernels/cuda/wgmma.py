@@ -60,8 +60,9 @@ class Config:
 INVARIANT = Config(64)
 
 
-def instruction(tokens: int) -> str:
+def instruction(tokens: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """C++ for `wgmma(d, a, b, add)`: m64 x n`tokens` x k16, A from registers, B from shared memory; 0: d is new."""
+    operand = "f16" if dtype == torch.float16 else "bf16"
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
@@ -70,7 +71,7 @@ def instruction(tokens: int) -> str:
         f"__device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned *a, unsigned long long b, "
         "int add) {\n"
         f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.s32 p, %{count + 5}, 0;\\n"\n'
-        f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 '
+        f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{operand}.{operand} '
         f'{{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"\n'
         f'        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));\n}}\n'
     )
@@ -170,17 +171,17 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
     fmt, act, weights = problem.weight, problem.activation, problem.n * problem.k
-    if problem.dtype != torch.bfloat16:
-        return f"written for bf16, got {problem.dtype}"
+    if (reason := small_m.why_not_dtype(problem)) is not None:
+        return reason
     if problem.arch is not None and problem.arch != (9, 0):
         return f"needs Hopper's matrix units (9.0), this GPU has {problem.arch[0]}.{problem.arch[1]}"
     if act is not None and act.grouped:
         return "scales per group of the activation change along K"
     if problem.k % small_m.chunk(fmt):
         return f"K = {problem.k} is no multiple of the {small_m.chunk(fmt)} weights that a lane takes"
-    reason = small_m.constants(fmt, (16,))
-    if isinstance(reason, str):
-        return reason
+    found = small_m.constants(fmt, (16,))
+    if isinstance(found, str):
+        return found
     if not is_batch_invariant():
         # What was measured on an H100 (docs/measured.md): small layers are over before tiles of many tokens pay, and
         # for very many tokens one dequantization costs less than decoding for every tile.
@@ -204,7 +205,7 @@ def describe(problem: Problem) -> str:
 def wgmma(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
-    """The table's entry: `y (M, N)` bf16 from `x (M, K)` bf16 and the planes."""
+    """The table's entry: `y (M, N)` from `x (M, K)`, both bf16 or fp16, and the planes."""
     x, row_scale = small_m.operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
@@ -218,18 +219,18 @@ def launch(
     row_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """`y (M, N)` bf16 from `x (M, K)` bf16.
+    """`y (M, N)` from `x (M, K)`, both bf16 or fp16.
 
     Args:
         row_scale: fp32 `(M or 1, 1)`, multiplied into the result.
         config: instead of the rule's choice.
     """
     m, k = x.shape
-    y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if config is None:
         config = INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, multiprocessors(x.device))
     c = config
-    pack, kernel = _kernels(fmt, c, x.device.index)
+    pack, kernel = _kernels(fmt, c, x.device.index, x.dtype)
     a, _keep = small_m.arguments(x, y, planes, fmt, bias, row_scale)
     step = 4 * small_m.chunk(fmt)
     steps, token_tiles = -(-k // step), -(-m // c.tokens)
@@ -255,10 +256,11 @@ def launch(
 
 
 @cache
-def _kernels(fmt: Format, c: Config, device: int) -> tuple[loader.CudaKernel, loader.CudaKernel]:
+def _kernels(fmt: Format, c: Config, device: int, dtype: torch.dtype) -> tuple[loader.CudaKernel, loader.CudaKernel]:
     """The kernel that lays out activations, and the product."""
     defines = constants(fmt, c)
     assert not isinstance(defines, str), defines
-    prelude = instruction(c.tokens)
+    defines += (("FP16", int(dtype == torch.float16)),)
+    prelude = instruction(c.tokens, dtype)
     pack = loader.load("wgmma.cu", "pack_x", defines, device, prelude)
     return pack, loader.load("wgmma.cu", "wgmma_kernel", defines, device, prelude)
