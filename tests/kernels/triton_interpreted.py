@@ -89,7 +89,9 @@ def check_gemv(shape: str) -> None:
     x, w, bias = weights("normal", 1, k), weights("normal", n, k, seed=1), torch.linspace(-1, 1, n)
     close(gemv.gemv(x, w, bias), x.double() @ w.double().T + bias, "with bias")
     half = k // 2  # of every row: rows that do not touch
-    close(gemv.gemv(x[:, :half], w[:, :half], None), x[:, :half].double() @ w[:, :half].double().T, "a part of the rows")
+    close(
+        gemv.gemv(x[:, :half], w[:, :half], None), x[:, :half].double() @ w[:, :half].double().T, "a part of the rows"
+    )
 
 
 def check_attention(case: str) -> None:

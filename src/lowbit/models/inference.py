@@ -1,6 +1,6 @@
 """A `Llama` as it runs for generation: the model's own modules, with one op for everything between two linear layers.
 
-A layer is eight kernels for one new token (norm, qkv, attention, o, norm, gate and up, SiLU, down) and nine for a prompt.
+A layer is eight kernels for one new token (norm, qkv, attention, o, norm, gate and up, SiLU, down), nine for a prompt.
 `Session` keeps what they need from step to step.
 """
 
@@ -65,15 +65,12 @@ def forward(model: Llama, ids: Tensor, state: State) -> Tensor:
         change = _attention(layer.self_attn, h, state, i)
         x, h = _normed(x, change, layer.post_attention_layernorm)
         mlp = layer.mlp
-        if mlp.gate_up_proj is None:
-            gate_up = torch.cat([_linear(mlp.gate_proj, h), _linear(mlp.up_proj, h)], dim=-1)
-        else:
-            gate_up = _linear(mlp.gate_up_proj, h)
-        change = _linear(mlp.down_proj, ops.silu_mul(gate_up))
+        gate_up = _joint(mlp.gate_up_proj, ("gate_proj", "up_proj"), mlp, h)
+        change = linear(mlp.down_proj, ops.silu_mul(gate_up))
     if tokens > 1:
         x, change = x[:, -1:], None if change is None else change[:, -1:]
     _, h = _normed(x, change, decoder.norm)
-    return _linear(model.lm_head, h).view(batch, -1)
+    return linear(model.lm_head, h).view(batch, -1)
 
 
 def _normed(x: Tensor, change: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
@@ -85,10 +82,7 @@ def _normed(x: Tensor, change: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Te
 
 def _attention(a: Attention, h: Tensor, state: State, layer: int) -> Tensor:
     batch, tokens, _ = h.shape
-    if a.qkv_proj is None:
-        qkv = torch.cat([_linear(p, h) for p in (a.q_proj, a.k_proj, a.v_proj)], dim=-1)
-    else:
-        qkv = _linear(a.qkv_proj, h)
+    qkv = _joint(a.qkv_proj, ("q_proj", "k_proj", "v_proj"), a, h)
     keys, values = state.cache.keys[layer], state.cache.values[layer]
     q_norm = a.q_norm.weight if isinstance(a.q_norm, RMSNorm) else None
     k_norm = a.k_norm.weight if isinstance(a.k_norm, RMSNorm) else None
@@ -103,10 +97,17 @@ def _attention(a: Attention, h: Tensor, state: State, layer: int) -> Tensor:
             q.transpose(1, 2), keys[:, :, :tokens], values[:, :, :tokens], is_causal=True, enable_gqa=a.groups > 1
         )
         y = y.transpose(1, 2)
-    return _linear(a.o_proj, y.reshape(batch, tokens, -1))
+    return linear(a.o_proj, y.reshape(batch, tokens, -1))
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
+def _joint(fused: nn.Linear | None, parts: tuple[str, ...], owner: nn.Module, x: Tensor) -> Tensor:
+    """What the joint projection gives, or the separate ones side by side."""
+    if fused is not None:
+        return linear(fused, x)
+    return torch.cat([linear(owner.get_submodule(part), x) for part in parts], dim=-1)
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
     """The module's result; for one token and a plain weight on a GPU, by the kernel that is made for that."""
     if x.is_cuda and x.numel() == x.shape[-1] and type(module) is nn.Linear and not _is_watched(module):
         weight = module.weight

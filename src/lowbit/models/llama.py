@@ -2,8 +2,8 @@
 
 Modules carry the names of Hugging Face's implementation (`model.layers.0.self_attn.q_proj`, ...), so that checkpoints
 and rules by name work on both; `lowbit.models.fuse` joins projections that read the same input. What runs here is plain
-PyTorch, for evaluation, calibration and training; `lowbit.models.inference` runs the same modules for generation. Sizes in shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads,
-S positions in the cache, V vocabulary.
+PyTorch, for evaluation, calibration and training; `lowbit.models.inference` runs the same modules for generation. Sizes
+in shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, S positions in the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    qkv_proj: nn.Linear | None
+
     def __init__(self, c: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.groups = layer, c.head_dim, c.num_heads // c.num_kv_heads
@@ -129,6 +131,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gate_up_proj: nn.Linear | None
+
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)

@@ -1,7 +1,7 @@
 """Generation step by step: a prompt, then one token after the other; on a GPU, each step is one CUDA graph.
 
-A step of a graph costs one launch instead of some three hundred, and kernels that know how start while the one ahead of
-them still runs. Positions and lengths are in memory, so one graph serves a whole generation and all that follow. A prompt
+A graph costs one launch instead of some three hundred, and kernels that know how start while the one ahead of them
+still runs. Positions and lengths are in memory, so one graph serves a whole generation and all that follow. A prompt
 runs eagerly unless a graph for its length was asked for.
 """
 
@@ -152,7 +152,7 @@ class Session:
             raise ValueError("Session: give it a prompt first" + see("input-mismatch"))
         if tokens > self.capacity:
             raise ValueError(
-                f"Session: {tokens} tokens do not fit into a cache of {self.capacity}; make a session with more capacity"
+                f"Session: {tokens} tokens do not fit into a cache of {self.capacity}; make one with more capacity"
                 + see("context-exceeded")
             )
 

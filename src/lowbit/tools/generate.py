@@ -65,9 +65,9 @@ def generate(
 ) -> GenerateResult:
     """Continue the prompts `ids (B, T)`, all of the same length, until all have ended or the limit is reached.
 
-    On a GPU a step is a CUDA graph, captured at the first call for a batch size and a range of lengths and kept, with its
-    cache, until another one is needed (`lowbit.models.session.forget_session` frees it). Nothing waits for the GPU between
-    tokens unless `eos_ids` or `on_token` ask to look at them.
+    On a GPU a step is a CUDA graph, captured at the first call for a batch size and a range of lengths and kept, with
+    its cache, until another one is needed (`lowbit.models.session.forget_session` frees it). Nothing waits for the GPU
+    between tokens unless `eos_ids` or `on_token` ask to look at them.
 
     Args:
         temperature: 0 takes the most likely token; above, tokens are drawn from `softmax(logits / temperature)`.

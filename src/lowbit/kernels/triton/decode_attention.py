@@ -2,9 +2,9 @@
 the attention, and the sum over parts of the sequence.
 
 Parts of a sequence ("splits", as in Flash-Decoding, Dao et al., 2023) run side by side, each for all query heads that
-share one key head. The block that finishes last adds up what all have left in memory, in the order of the parts, so that
-the result does not depend on which one that was. How long a sequence is, is read from memory: a CUDA graph that holds
-this kernel is good for every length.
+share one key head. The block that finishes last adds up what all have left in memory, in the order of the parts: the
+result does not depend on which one that was. How long a sequence is, is read from memory, so that a CUDA graph that
+holds this kernel is good for every length.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def decode_attention_kernel(
         tl.store(keys + to + HALF_D, new_kb, mask=fits)
         tl.store(values + to, new_va, mask=fits)
         tl.store(values + to + HALF_D, new_vb, mask=fits)
-        products = qa.to(tl.float32) * new_ka.to(tl.float32)[None, :] + qb.to(tl.float32) * new_kb.to(tl.float32)[None, :]
+        products = (
+            qa.to(tl.float32) * new_ka.to(tl.float32)[None, :] + qb.to(tl.float32) * new_kb.to(tl.float32)[None, :]
+        )
         best = tl.sum(products, axis=1) * scale_log2
         weight = tl.full((ROWS,), 1.0, tl.float32)
         ya += new_va.to(tl.float32)[None, :]

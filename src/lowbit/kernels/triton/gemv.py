@@ -1,10 +1,12 @@
 """One token times a plain weight: `y (1, N) = x (1, K) W (N, K)^T`, at the speed of memory.
 
-Matrix libraries take one token for a small matrix, and on small layers lose a quarter of the time to it. A block reads a
-few whole rows; so many blocks are resident that the memory is never idle. Sums are fp32, in a fixed order.
+Matrix libraries take one token for a small matrix, and on small layers lose a quarter of the time to it. A block reads
+a few whole rows; so many blocks are resident that the memory is never idle. Sums are fp32, in a fixed order.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -14,7 +16,17 @@ from lowbit.kernels.triton.between import ceil_pow2
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
 from lowbit.kernels.triton.launch import OPTIONS, early_options, on_device
 
-ROWS, BLOCK_K = 4, 1024
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: rows of W and weights of each per step of a block, and its warps."""
+
+    rows: int = 4
+    block: int = 1024
+    warps: int = 4
+
+
+CONFIG = Config()
 
 
 @triton.jit
@@ -51,15 +63,16 @@ def gemv_kernel(
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
 
 
-def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config = CONFIG) -> Tensor:
     """`y (..., N)` from `x (..., K)` of one token."""
     x, weight = x.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
     n, k = weight.shape
     y = x.new_empty(*x.shape[:-1], n)
-    block = min(BLOCK_K, ceil_pow2(k, 16))
+    block = min(config.block, ceil_pow2(k, 16))
     with on_device(x):
-        gemv_kernel[(-(-n // ROWS),)](
-            x, weight, x if bias is None else bias, y, n, k, weight.stride(0), HAS_BIAS=bias is not None, ROWS=ROWS,
-            BLOCK=block, WHOLE=k % block == 0, num_warps=4, **early_options(x.device), **OPTIONS,
+        gemv_kernel[(-(-n // config.rows),)](
+            x, weight, x if bias is None else bias, y, n, k, weight.stride(0), HAS_BIAS=bias is not None,
+            ROWS=config.rows, BLOCK=block, WHOLE=k % block == 0, num_warps=config.warps, **early_options(x.device),
+            **OPTIONS,
         )  # fmt: skip
     return y
