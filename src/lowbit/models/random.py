@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +105,17 @@ def _weight(
     return parts[0] if len(parts) == 1 else join_weights(list(parts))
 
 
+@cache
 def joins(fmt: Format) -> bool:
-    """Whether a weight may be quantized some rows at a time: nothing is stored for the tensor as a whole."""
-    return all(p.shape is None and p.n is not None for p in fmt.planes)
+    """Whether a weight may be quantized some rows at a time: nothing is chosen for the tensor as a whole."""
+    n, k = fmt.tile[0], 2 * fmt.tile[1]
+    wave = torch.arange(n * k, dtype=torch.float32).view(n, k)
+    parts = [QuantizedTensor.from_float((wave * step).sin() * step, fmt) for step in (1.0, 3.0)]
+    try:
+        join_weights(list(parts))
+    except ValueError:
+        return False
+    return True
 
 
 class _Clock:
