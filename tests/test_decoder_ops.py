@@ -91,8 +91,9 @@ def test_bf16_is_rounded_once():
     assert torch.equal(ops.silu_mul(x), ops.silu_mul(x.float()).bfloat16())
     wide = given(torch.bfloat16, normed=True)
     q = ops.rope_write(*wide)
-    again = given(torch.bfloat16, normed=True)
-    exact = ops.rope_write(*(t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 else t for t in again))
+    qkv, keys, values, positions, cos, sin, qw, kw, *rest = given(torch.bfloat16, normed=True)
+    again = (t.float() for t in (qkv, keys, values))
+    exact = ops.rope_write(*again, positions, cos, sin, qw.float(), kw.float(), *rest)
     assert torch.equal(q, exact.bfloat16())
 
 

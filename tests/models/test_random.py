@@ -1,4 +1,4 @@
-"""Random models: the shapes that their makers published, formats that are asked for, weights by rows as by the whole."""
+"""Random models: the shapes that their makers published, the formats that are asked for, weights by rows or whole."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def test_shapes_have_their_number_of_parameters(name):
 
 
 def test_an_unknown_shape():
-    with pytest.raises(ValueError, match="unknown shape 'gpt-5'; known: llama-3.1-8b, .*, tiny"):
+    with pytest.raises(ValueError, match=r"unknown shape 'gpt-5'; known: llama-3.1-8b, .*, tiny"):
         shape_of("gpt-5")
 
 
@@ -79,6 +79,7 @@ def test_tied_embeddings():
 @each_format
 def test_rows_at_a_time_are_the_whole(fmt, monkeypatch):
     """Where a weight is quantized in parts, the result is that of the whole."""
+
     def weight(part):
         monkeypatch.setattr(making, "PART", part)
         clock = making._Clock(torch.device("cpu"))
