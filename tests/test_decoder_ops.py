@@ -7,6 +7,7 @@ import torch
 from tiny_llama import CONFIG, tiny_ids, tiny_llama
 
 from lowbit import decoder_ops as ops
+from lowbit.models import inference
 from lowbit.models.inference import State, forward
 
 B, G, S, D, H = 2, 2, 12, 8, 6
@@ -128,10 +129,17 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def test_long_prompts_pass_the_mlp_in_parts(monkeypatch):
+    model, ids = tiny_llama(), tiny_ids(3, 11)
+    whole = forward(model, ids, State(model, 3, 20))
+    monkeypatch.setattr(inference, "TOKENS", 7)
+    torch.testing.assert_close(forward(model, ids, State(model, 3, 20)), whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_model_in_ops_is_the_model(variant, dtype):
-    """A prompt and the tokens behind it give the logits of the plain code: to the bit in fp32 where it is the same."""
+    """A prompt and the tokens behind it give the logits of the plain code, up to rounding."""
     model, ids = tiny_llama(VARIANTS[variant], dtype), tiny_ids(2, 14)
     state, cache = State(model, 2, 20), model.new_cache(2, 20)
     limit = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit import decoder_ops as ops
-from lowbit.models.llama import Attention, DecoderLayer, KVCache, Llama, RMSNorm
+from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm
 from lowbit.tensor import QuantizedTensor
+
+#: That pass an MLP at once.
+TOKENS = 8192
 
 
 class State:
@@ -64,9 +67,7 @@ def forward(model: Llama, ids: Tensor, state: State) -> Tensor:
         x, h = _normed(x, change, layer.input_layernorm)
         change = _attention(layer.self_attn, h, state, i)
         x, h = _normed(x, change, layer.post_attention_layernorm)
-        mlp = layer.mlp
-        gate_up = _joint(mlp.gate_up_proj, ("gate_proj", "up_proj"), mlp, h)
-        change = linear(mlp.down_proj, ops.silu_mul(gate_up))
+        change = _mlp(layer.mlp, h)
     if tokens > 1:
         x, change = x[:, -1:], None if change is None else change[:, -1:]
     _, h = _normed(x, change, decoder.norm)
@@ -98,6 +99,15 @@ def _attention(a: Attention, h: Tensor, state: State, layer: int) -> Tensor:
         )
         y = y.transpose(1, 2)
     return linear(a.o_proj, y.reshape(batch, tokens, -1))
+
+
+def _mlp(mlp: MLP, h: Tensor) -> Tensor:
+    """Gate and up are several times as wide as what goes in: long prompts pass some thousand tokens at a time."""
+    if h.shape[0] * h.shape[1] > TOKENS:
+        parts = h.view(1, -1, h.shape[-1]).split(TOKENS, dim=1)
+        return torch.cat([_mlp(mlp, part) for part in parts], dim=1).view(h.shape)
+    gate_up = _joint(mlp.gate_up_proj, ("gate_proj", "up_proj"), mlp, h)
+    return linear(mlp.down_proj, ops.silu_mul(gate_up))
 
 
 def _joint(fused: nn.Linear | None, parts: tuple[str, ...], owner: nn.Module, x: Tensor) -> Tensor:
