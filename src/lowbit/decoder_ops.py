@@ -70,21 +70,24 @@ def _rope_write(
     check_heads(qkv, keys, heads)
     batch, tokens, _ = qkv.shape
     _, groups, _, d = keys.shape
-    q, k, v = qkv.view(batch, tokens, -1, d).split([heads, groups, groups], dim=2)
-    at = positions.long()[:, None] + torch.arange(tokens, device=qkv.device)
-    c, s = _wide(cos[at])[:, :, None], _wide(sin[at])[:, :, None]
-
-    def turned(x: Tensor, norm: Tensor | None) -> Tensor:
-        x = _wide(x)
-        if norm is not None:
-            x = F.rms_norm(x, (d,), norm.to(x.dtype), eps)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(qkv.dtype)
-
-    rows = torch.arange(batch, device=qkv.device)[:, None]
-    keys.transpose(1, 2)[rows, at] = turned(k, k_norm)
-    values.transpose(1, 2)[rows, at] = v
-    return turned(q, q_norm)
+    x = qkv.view(batch, tokens, -1, d)
+    turning, v = _wide(x[:, :, : heads + groups]), x[:, :, heads + groups :]
+    if q_norm is not None and k_norm is not None:
+        q, k = turning.split([heads, groups], dim=2)
+        q, k = F.rms_norm(q, (d,), q_norm.to(q.dtype), eps), F.rms_norm(k, (d,), k_norm.to(k.dtype), eps)
+        turning = torch.cat((q, k), dim=2)
+    starts = positions.tolist()
+    if min(starts) == max(starts):  # sequences of one length are the rule
+        spans = [(slice(None), slice(starts[0], starts[0] + tokens))]
+    else:
+        spans = [(slice(i, i + 1), slice(start, start + tokens)) for i, start in enumerate(starts)]
+    c, s = (torch.stack([table[span, None] for _, span in spans]) for table in (cos, sin))
+    a, b = turning.chunk(2, dim=-1)
+    turned = torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(qkv.dtype)
+    for rows, span in spans:
+        keys[rows, :, span] = turned[rows, :, heads:].transpose(1, 2)
+        values[rows, :, span] = v[rows].transpose(1, 2)
+    return turned[:, :, :heads].contiguous()
 
 
 def _decode_attention(
@@ -96,10 +99,10 @@ def _decode_attention(
     Arguments are those of `rope_write`; `arrived` is int32 `(B G,)` of zeros that the kernel counts in.
     """
     q = _rope_write(qkv[:, None], keys, values, positions, cos, sin, q_norm, k_norm, eps, heads)
-    end = int(positions.max()) + 1
-    places, mask = torch.arange(end, device=qkv.device), None
-    if int(positions.min()) + 1 < end:
-        mask = (places <= positions[:, None])[:, None, None]
+    places, mask = positions.tolist(), None
+    end = max(places) + 1
+    if min(places) + 1 < end:
+        mask = (torch.arange(end, device=qkv.device) <= positions[:, None])[:, None, None]
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=heads > keys.shape[1]
     )
