@@ -164,7 +164,8 @@ def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytes
     for heads, groups, d, hidden, normed, dtype in (
         (32, 8, 128, 4096, False, torch.bfloat16), (32, 8, 64, 2048, False, torch.bfloat16),
         (16, 8, 128, 1024, True, torch.bfloat16), (12, 2, 96, 1000, True, torch.float16),
-        (8, 2, 64, 512, False, torch.float32), (8, 8, 128, 1024, False, torch.float32),
+        (4, 1, 64, 512, False, torch.bfloat16), (8, 2, 64, 512, False, torch.float32),
+        (8, 8, 128, 1024, False, torch.float32),
     ):  # fmt: skip
         x, w = torch.empty(1, hidden, dtype=dtype), torch.empty(512, hidden, dtype=dtype)
         qkv = torch.empty(1, (heads + 2 * groups) * d, dtype=dtype)

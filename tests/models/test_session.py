@@ -1,13 +1,17 @@
 """Sessions: the tokens they choose, what they keep, when they are made anew."""
 
+import contextlib
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from tiny_llama import CONFIG, tiny_ids, tiny_llama
 
 import lowbit
+from lowbit.models import session as session_module
 from lowbit.models.session import Session, fingerprint, forget_session, session_for
 
 
@@ -79,6 +83,59 @@ def test_errors():
         Session(model, 2, 10, graph=True)
     with pytest.raises(ValueError, match="1 to 64 positions"):
         Session(model, 1, 65)
+
+
+class Graph:
+    """Stands for a CUDA graph: what was captured runs again, into the same result."""
+
+    made: ClassVar[list["Graph"]] = []
+
+    def __init__(self):
+        Graph.made.append(self)
+
+    def replay(self):
+        self.result.copy_(self.run())
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Sessions that believe in CUDA; `run` is known to the graph that is being captured."""
+    anything = SimpleNamespace(wait_stream=lambda stream: None)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    for name in ("Stream", "current_stream", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: anything)
+    reserved = iter(range(100, 10000, 7))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    real = session_module._Graph.__init__
+
+    def init(self, run, reset, device):
+        real(self, run, reset, device)
+        self.graph.run, self.graph.result = run, self.result
+
+    monkeypatch.setattr(session_module._Graph, "__init__", init)
+    Graph.made.clear()
+
+
+@torch.inference_mode()
+def test_graphs_are_captured_once_and_counted(graphs):
+    model = tiny_llama()
+    session = Session(model, 2, 24)
+    session._step = session._captured(session._run_step)
+    assert session.uses_graph
+    assert session.graph_bytes == 7
+    session.capture_prompt(9)
+    session.capture_prompt(9)
+    assert len(Graph.made) == 2
+    assert session.graph_bytes == 14
+    for seed, tokens in ((1, 9), (2, 5), (3, 9)):
+        ids = tiny_ids(2, tokens, seed)
+        session.prefill(ids)
+        for _ in range(6):
+            session.step()
+        assert torch.equal(session.ids, recomputed(model, ids, 7))
+    assert len(Graph.made) == 2
 
 
 def test_on_a_cpu_nothing_is_kept():

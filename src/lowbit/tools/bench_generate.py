@@ -34,8 +34,10 @@ from lowbit.tools.sources import weight_bytes
 
 COMPILED = "bf16 torch.compile"
 ROUNDS = 3
-# Above so many bytes a read is as fast as it gets: larger ones are not made, their time is scaled up.
+# Larger reads are hardly faster: they are not made, their time is scaled up.
 READ_BYTES = 1 << 30
+# Longer prompts take the GPU longer than their launches take, and a graph of them much memory.
+PROMPT_GRAPH_TOKENS = 4096
 
 
 @dataclass
@@ -151,7 +153,8 @@ def _measured(plan: Plan, row: GenerateRow, model: Llama, floors: _Floors, compi
         first_token(session, ids)
     with _Peak(plan.device) as reading:
         eager = [first_token(session, ids) for _ in range(plan.rounds)]
-    session.capture_prompt(row.prompt)
+    if row.batch * row.prompt <= PROMPT_GRAPH_TOKENS:
+        session.capture_prompt(row.prompt)
     with _Peak(plan.device) as reading_again:
         firsts = [first_token(session, ids) for _ in range(plan.rounds + 1)][1:]
     with _Peak(plan.device) as decoding:

@@ -127,7 +127,8 @@ class GenerateRow:
         tokens_per_second: of decoding, over the whole batch.
         step_us, step_us_min, step_us_max, samples: of one token per sequence: the median over generations.
         speedup, first_token_speedup: over bf16 of the same batch and prompt.
-        first_token_ms: from the prompt to the token on the host, with the prompt's graph; `eager` without it.
+        first_token_ms: from the prompt to the token on the host, with a graph of prompts of up to 4096 tokens; `eager`
+            without it.
         weight_bytes: that a step reads: all linear layers, packed.
         gb_s: `weight_bytes` by the time of a step.
         floor_us, floor_share: the time of reading as many bytes alone, and what share of the step that is.
