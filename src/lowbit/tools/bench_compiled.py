@@ -6,7 +6,6 @@ is not one of our making.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -35,7 +34,6 @@ class CompiledSession:
     """Has what `bench generate` needs of a `Session`: `prefill`, `step`, `token`."""
 
     def __init__(self, model: Llama, batch: int, capacity: int, backend: str = "inductor") -> None:
-        started = time.perf_counter()
         self.model, self.cache = model, model.new_cache(batch, capacity)
         device = self.cache.keys.device
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -46,7 +44,6 @@ class CompiledSession:
         self.graph_bytes = 0
         if device.type == "cuda":
             self._capture()
-        self.capture_seconds = time.perf_counter() - started
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()

@@ -143,6 +143,7 @@ def _measured(plan: Plan, row: GenerateRow, model: Llama, floors: _Floors, compi
     random = torch.Generator(plan.device).manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (row.batch, row.prompt), generator=random, device=plan.device)
     session: Any
+    began = time.perf_counter()
     with _Peak(plan.device) as capturing:
         if compiled:
             from lowbit.tools.bench_compiled import CompiledSession
@@ -151,10 +152,13 @@ def _measured(plan: Plan, row: GenerateRow, model: Llama, floors: _Floors, compi
         else:
             session = Session(model, row.batch, capacity)
         first_token(session, ids)
+    capture = time.perf_counter() - began
     with _Peak(plan.device) as reading:
         eager = [first_token(session, ids) for _ in range(plan.rounds)]
     if row.batch * row.prompt <= PROMPT_GRAPH_TOKENS:
+        began = time.perf_counter()
         session.capture_prompt(row.prompt)
+        capture += time.perf_counter() - began
     with _Peak(plan.device) as reading_again:
         firsts = [first_token(session, ids) for _ in range(plan.rounds + 1)][1:]
     with _Peak(plan.device) as decoding:
@@ -162,7 +166,7 @@ def _measured(plan: Plan, row: GenerateRow, model: Llama, floors: _Floors, compi
     nbytes = linear_bytes(model)
     linears = linears_us(model, row.batch, plan.device)
     floor = floors(nbytes)
-    graph_bytes, capture = session.graph_bytes, session.capture_seconds
+    graph_bytes = session.graph_bytes
     del session
     return dataclasses.replace(
         row, tokens_per_second=row.batch / steps.us * 1e6, step_us=steps.us, step_us_min=steps.us_min,

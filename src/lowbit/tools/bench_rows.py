@@ -139,7 +139,7 @@ class GenerateRow:
         graph_bytes: GPU memory that the CUDA graphs hold.
         peak_make, peak_capture, peak_prefill, peak_decode: the most memory in each phase; None on a CPU.
         make_s, quantize_s: making the model with its quantization, and the quantization alone.
-        capture_s: compiling, warming up and capturing graphs.
+        capture_s: everything before something is timed: compiling, warming up, capturing graphs.
         error: why there are no times; empty otherwise.
     """
 
