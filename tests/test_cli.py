@@ -19,7 +19,7 @@ from lowbit.specs import EXAMPLES
 from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
 
 COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "warmup",
-            "doctor", "bench linear")  # fmt: skip
+            "doctor", "bench linear", "bench generate")  # fmt: skip
 SMALL = ("--tokens", "100", "--window", "50")
 
 
@@ -312,6 +312,45 @@ def test_bench_fails_where_lowbit_is_wrong(monkeypatch):
     assert "20.0 dB, int8:row allows no less than 46.0 dB" in shown
 
 
+GENERATE = ("bench", "generate", "--model", "tiny", "--device", "cpu", "-n", "3")
+
+
+def test_bench_generate(tmp_path):
+    out, plot = tmp_path / "deep" / "generate.json", tmp_path / "generate.svg"
+    words = (*GENERATE, "-c", "int4wo-128,bf16", "-c", "int8dq", "-b", "1,2", "-p", "5")
+    shown = run(*words, "--out", out, "--plot", plot)
+    lines = [line.split()[:3] for line in shown.stdout.splitlines() if line.startswith(("bf16", "int"))]
+    assert lines == [[config, batch, "5"] for config in ("bf16", "int4wo-128", "int8dq") for batch in "12"]
+    assert "tiny in int8dq: making weights ..." in shown.stderr
+    saved = json.loads(out.read_text())
+    assert saved["left_out"] == []
+    assert [(r["config"], r["batch"]) for r in saved["records"]] == [(c, int(b)) for c, b, _ in lines]
+    assert {"date", "gpu", "torch", "triton", "command"} <= set(saved)
+    assert "int4wo-128, batch 2, prompt 5" in plot.read_text()
+    assert set(document(*GENERATE, "-c", ",")) == set(saved)
+
+
+def test_bench_generate_fails_where_a_config_does_not_run(monkeypatch, tmp_path):
+    """The other rows stand, and are in the file."""
+    from lowbit.tools import bench_generate
+
+    made = bench_generate.random_model
+
+    def broken(config, scheme, device):
+        if scheme is not None and scheme.act is not None:
+            raise RuntimeError("out of luck")
+        return made(config, scheme, device)
+
+    monkeypatch.setattr(bench_generate, "random_model", broken)
+    out = tmp_path / "generate.json"
+    shown = run(*GENERATE, "-c", "int8dq,int8wo", "-p", "4", "--out", out, code=1).stdout
+    assert "RuntimeError: out of luck" in shown
+    records = json.loads(out.read_text())["records"]
+    assert [(r["config"], r["error"], r["step_us"] is None) for r in records] == [
+        ("bf16", "", False), ("int8dq", "RuntimeError: out of luck", True), ("int8wo", "", False)
+    ]  # fmt: skip
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -347,6 +386,12 @@ def test_bench_fails_where_lowbit_is_wrong(monkeypatch):
         ((*BENCH, "-m", ","), "at least one"),
         ((*BENCH, "--plot", "OUT"), "--plot"),
         (("bench", "linear", "--peers", "cutlass"), "known are torchao"),
+        (("bench", "generate", "--model", "gpt-5"), "unknown shape 'gpt-5'"),
+        ((*GENERATE, "-c", "int9"), "unknown config"),
+        ((*GENERATE, "-b", "0"), "--batch 0"),
+        ((*GENERATE, "-p", "x"), "--prompt x"),
+        ((*GENERATE, "-p", "2000"), "make up to 2004 tokens, tiny has a context of 1024"),
+        ((*GENERATE, "--plot", "OUT"), "--plot"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_code_2(words, message, model, quantized, tmp_path):

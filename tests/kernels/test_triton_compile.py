@@ -14,7 +14,16 @@ from triton_compile import Launch, launches_of
 
 from lowbit.formats import Format, parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.triton import act_quant, decode_packed, dequant, scaled_mm, weight_only
+from lowbit.kernels.triton import (
+    act_quant,
+    between,
+    decode_attention,
+    decode_packed,
+    dequant,
+    gemv,
+    scaled_mm,
+    weight_only,
+)
 
 MODULES = [act_quant, dequant, scaled_mm, weight_only]
 # Shared memory that one block can have: A100, and H100.
@@ -136,3 +145,46 @@ def test_8bit_matmul_compiles(spec: str, arch: int, monkeypatch: pytest.MonkeyPa
             ),
         )  # fmt: skip
     compile_all(launches, arch)
+
+
+# Between the linear layers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early", [False, True])
+@each_arch
+def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the shapes of known models in bf16, and fp16 with odd ones; started early where the GPU can do that."""
+    if early and arch < 90:
+        pytest.skip("kernels start early from compute capability 9.0 on")
+    modules = [between, decode_attention, gemv]
+    for module in modules:
+        options = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+        monkeypatch.setattr(module, "early_options", lambda device, options=options: options)
+    launches = []
+    for heads, groups, d, hidden, normed, dtype in (
+        (32, 8, 128, 4096, False, torch.bfloat16), (32, 8, 64, 2048, False, torch.bfloat16),
+        (16, 8, 128, 1024, True, torch.bfloat16), (12, 2, 96, 1000, True, torch.float16),
+        (4, 1, 64, 512, False, torch.bfloat16), (8, 2, 64, 512, False, torch.float32),
+        (8, 8, 128, 1024, False, torch.float32),
+    ):  # fmt: skip
+        x, w = torch.empty(1, hidden, dtype=dtype), torch.empty(512, hidden, dtype=dtype)
+        qkv = torch.empty(1, (heads + 2 * groups) * d, dtype=dtype)
+        norm = torch.empty(d, dtype=dtype) if normed else None
+        for capacity in (512, 8192):
+            cache = torch.empty(1, groups, capacity, d, dtype=dtype)
+            angles, counters = torch.empty(capacity, d // 2), torch.zeros(groups, dtype=torch.int32)
+            where = (cache, cache, counters[:1], angles, angles, norm, norm, 1e-5, heads)
+
+            def run(x=x, w=w, qkv=qkv, where=where, counters=counters) -> None:
+                between.rms_norm(x, w[0], 1e-5)
+                between.add_rms_norm(x, x, w[0], 1e-5)
+                between.silu_mul(w)
+                between.rope_write(qkv[:, None], *where)
+                decode_attention.decode_attention(qkv, *where, counters)
+                gemv.gemv(x, w, None)
+
+            launches += launches_of(monkeypatch, modules, run)
+    compiled = compile_all(launches, arch)
+    assert len(compiled) >= 18
+    for c in compiled:
+        assert ("griddepcontrol.wait" in c.asm["ptx"]) == early

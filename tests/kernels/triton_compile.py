@@ -38,6 +38,9 @@ class Launch:
             if "constexpr" in str(parameter.annotation) or (not isinstance(value, Tensor) and value == 1):
                 signature[name], constants[name] = "constexpr", value
                 continue
+            if isinstance(value, float):
+                signature[name] = "fp32"
+                continue
             signature[name] = f"*{NAMES[value.dtype]}" if isinstance(value, Tensor) else "i32"
             if isinstance(value, Tensor) or value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import KINDS, sqnr_db, weights
 
+from lowbit import decoder_ops
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.triton import act_quant, dequant, scaled_mm, weight_only
+from lowbit.kernels.triton import act_quant, between, decode_attention, dequant, gemv, scaled_mm, weight_only
 
 FORMATS = (
     "int4:g128", "int3:g64", "int2:g32:asym", "int1:g64:asym", "int8:row", "int8:b128x128", "int7:row", "nf4:g64:dq",
@@ -67,10 +68,75 @@ def check_int8(spec: str) -> None:
     assert sqnr_db(reference, y) > 120
 
 
+def close(got: torch.Tensor, reference: torch.Tensor, what: str) -> None:
+    """fp32 against fp64, to a few units in the last place of the largest number."""
+    error = float((got.double() - reference).abs().max() / reference.abs().max())
+    assert error < 2e-6, f"{what}: {error:.1e}"
+
+
+def check_norms(width: str) -> None:
+    x, y, w = (weights("normal", rows, int(width), seed=i) for i, rows in enumerate((5, 5, 1)))
+    even = x[:, : int(width) // 2 * 2]
+    total, normed = between.add_rms_norm(x, y, w[0], 1e-5)
+    assert torch.equal(total, x + y)
+    close(normed, decoder_ops.rms_norm((x + y).double(), w[0].double(), 1e-5), "sum and norm")
+    close(between.rms_norm(x, w[0], 1e-5), decoder_ops.rms_norm(x.double(), w[0].double(), 1e-5), "norm")
+    close(between.silu_mul(even), decoder_ops.silu_mul(even.double()), "silu")
+
+
+def check_gemv(shape: str) -> None:
+    n, k = map(int, shape.split("x"))
+    x, w, bias = weights("normal", 1, k), weights("normal", n, k, seed=1), torch.linspace(-1, 1, n)
+    close(gemv.gemv(x, w, bias), x.double() @ w.double().T + bias, "with bias")
+    half = k // 2  # of every row: rows that do not touch
+    close(
+        gemv.gemv(x[:, :half], w[:, :half], None), x[:, :half].double() @ w[:, :half].double().T, "a part of the rows"
+    )
+
+
+def check_attention(case: str) -> None:
+    """A prompt and the tokens behind it, each alone: the ops in fp64, and the kernels with every number of parts."""
+    heads, groups, d, normed, positions = parse_case(case)
+    batch, capacity, tokens = len(positions), 150, 5
+    norms = [weights("normal", 1, d, seed=7 + i)[0] if normed else None for i in range(2)]
+    angles = torch.rand(capacity, d // 2, generator=torch.Generator().manual_seed(3)) * 6
+    cos, sin = angles.cos(), angles.sin()
+    at = torch.tensor(positions, dtype=torch.int32)
+    start = [weights("normal", batch * groups * capacity, d, seed=i).view(batch, groups, capacity, d) for i in (1, 2)]
+
+    def run(op, qkv, dtype, *more):
+        cache = [t.to(dtype, copy=True) for t in start]
+        own = [None if n is None else n.to(dtype) for n in norms]
+        return op(qkv.to(dtype), *cache, at, cos, sin, *own, 1e-5, heads, *more), *cache
+
+    wide = (heads + 2 * groups) * d
+    qkv = weights("normal", batch * tokens, wide, seed=5).view(batch, tokens, wide)
+    for got, reference in zip(run(between.rope_write, qkv, torch.float32),
+                              run(decoder_ops.rope_write, qkv, torch.float64), strict=True):  # fmt: skip
+        close(got, reference, "rope")
+    arrived = torch.zeros(batch * groups, dtype=torch.int32)
+    expected = run(decoder_ops.decode_attention, qkv[:, 0], torch.float64, arrived)
+    for splits in (1, 2, 8):
+        for got, reference in zip(run(decode_attention.decode_attention, qkv[:, 0], torch.float32, arrived, splits),
+                                  expected, strict=True):  # fmt: skip
+            close(got, reference, f"attention in {splits} parts")
+        assert not arrived.any(), "the counters are not zero again"
+
+
+def parse_case(case: str) -> tuple[int, int, int, bool, list[int]]:
+    """`heads/key heads/head_dim/normed/positions`."""
+    heads, groups, d, normed, positions = case.split("/")
+    return int(heads), int(groups), int(d), normed == "normed", [int(p) for p in positions.split(",")]
+
+
+ATTENTIONS = ("8/2/64/plain/0,1,33", "6/1/96/normed/140", "2/2/128/normed/31,32", "6/2/8/plain/100,7")
+
+
 def main() -> int:
     failures = 0
     groups: list[tuple[Callable[[str], None], tuple[str, ...]]] = [
         (check_weights, FORMATS), (check_activation, ACTIVATIONS), (check_int8, ("int8:row", "int8:tensor")),
+        (check_norms, ("96", "2048", "4097")), (check_gemv, ("9x1000", "4x4096")), (check_attention, ATTENTIONS),
     ]  # fmt: skip
     for check, specs in groups:
         for spec in specs:

@@ -6,6 +6,7 @@ import typer
 
 from lowbit.cli import language, machine, weights
 from lowbit.cli.bench import bench
+from lowbit.cli.bench_generate import generate as _  # noqa: F401 (adds its command to bench)
 
 app = typer.Typer(
     name="lowbit",

@@ -1,4 +1,4 @@
-"""Commands that measure speed: bench linear."""
+"""Commands that measure speed: bench linear, and what bench generate shares with it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def linear(
     plan = Plan(
         layers=[parse_layer(w) for w in words(layer)],
         schemes=list(dict.fromkeys(parse_scheme(w) for w in words(format))),
-        tokens=[_tokens(w) for w in words(tokens)],
+        tokens=[positive("--tokens", w) for w in words(tokens)],
         peers=chosen,
-        device=_device(device),
+        device=choose_device(device),
         seconds=seconds,
     )
     if not (plan.layers and plan.schemes and plan.tokens):
@@ -97,13 +97,18 @@ def linear(
     return FAILED if any(_failed(row.of(LOWBIT)) for row in rows) else OK
 
 
-def _tokens(word: str) -> int:
+def positive(option: str, word: str) -> int:
+    """The number that a word stands for.
+
+    Raises:
+        ValueError: it is none, or not positive.
+    """
     if not word.isdigit() or int(word) < 1:
-        raise ValueError(f"--tokens {word}: give positive numbers" + see("bad-option"))
+        raise ValueError(f"{option} {word}: give positive numbers" + see("bad-option"))
     return int(word)
 
 
-def _device(word: str | None) -> torch.device:
+def choose_device(word: str | None) -> torch.device:
     device = torch.device(word or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU here; use --device cpu")

@@ -28,6 +28,7 @@ from lowbit.cli.output import (
 )
 from lowbit.cli.weights import Config, quantize_as_asked
 from lowbit.errors import see
+from lowbit.models.fuse import fuse_projections_
 from lowbit.models.llama import Llama
 from lowbit.models.tokenizer import Tokenizer
 from lowbit.specs import parse_config
@@ -60,6 +61,7 @@ def generate(
     tokenizer = source.tokenizer()
     if config is not None:
         quantize_as_asked(source, loaded, rules_for(loaded, config), device)
+    fuse_projections_(loaded)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer.encode(prompt)
     else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar, TypeVar
@@ -244,6 +244,38 @@ class Format(ABC):
                 if p.shape is None and size is not None:
                     t = t.narrow(dim, start // size, -(-stop // size) - start // size)
                 out[p.name] = t
+        return out
+
+    def join_planes(self, parts: Sequence[Mapping[str, Tensor]], rows: Sequence[int]) -> Planes:
+        """The planes of weights with the same K put below each other: what `slice_planes` along N takes apart.
+
+        Args:
+            parts: the planes of each weight.
+            rows: N of each.
+
+        Raises:
+            ValueError: the joint weight would not have the same values: parts have different scales or tables where
+                the format holds one for the whole tensor, or a part ends inside a tile.
+        """
+        out = {}
+        for p in self.planes:
+            held = [part[p.name] for part in parts]
+            if p.shape is not None or p.n is None:
+                if any(not torch.equal(held[0].view(torch.uint8), t.view(torch.uint8)) for t in held[1:]):
+                    raise ValueError(
+                        f"{self.spec} holds one {p.name} for a whole tensor, and the parts have different ones"
+                        + see("cut-inside-tile")
+                    )
+                out[p.name] = held[0]
+                continue
+            if any(n % p.n for n in rows[:-1]):
+                raise ValueError(
+                    f"{self.spec} stores tiles of {p.n} rows, and parts of {', '.join(map(str, rows))} rows do not end "
+                    "with one" + see("cut-inside-tile")
+                )
+            # Not every one-byte float has a `cat`; their bytes have.
+            kind = torch.uint8 if p.dtype.itemsize == 1 else p.dtype
+            out[p.name] = torch.cat([t.view(kind) for t in held]).view(p.dtype)
         return out
 
     # Internals -----------------------------------------------------------------------------------

@@ -51,6 +51,28 @@ def batch_invariant() -> Iterator[None]:
         _invariant.reset(token)
 
 
+_early: ContextVar[bool] = ContextVar("lowbit_early", default=False)
+
+
+@contextlib.contextmanager
+def early_launches() -> Iterator[None]:
+    """In this context, kernels that know how start before the one ahead of them has ended, and wait for it themselves.
+
+    Programmatic dependent launch, from Hopper on: what they need not wait for (weights) is on its way meanwhile. No
+    kernel right before them may write a layer's weights.
+    """
+    token = _early.set(True)
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
+def starts_early() -> bool:
+    """Whether `early_launches` is in force."""
+    return _early.get()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One matmul `y (M, N) = x (M, K) @ W (N, K).T`, as far as the choice of a kernel depends on it."""

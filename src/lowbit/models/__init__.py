@@ -8,9 +8,24 @@ import torch
 
 from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
+from lowbit.models.fuse import Fusion, fuse_projections_, unfuse_projections_
 from lowbit.models.llama import KVCache, Llama
+from lowbit.models.random import random_model
+from lowbit.models.session import Session
+from lowbit.models.shapes import shape_of
 
-__all__ = ["KVCache", "Llama", "LlamaConfig", "load_model"]
+__all__ = [
+    "Fusion",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "Session",
+    "fuse_projections_",
+    "load_model",
+    "random_model",
+    "shape_of",
+    "unfuse_projections_",
+]
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Llama:

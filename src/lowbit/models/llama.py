@@ -1,13 +1,14 @@
 """A Llama-family decoder: Llama 2 and 3, SmolLM, Mistral, Qwen2 and Qwen3, told apart by their configuration.
 
 Modules carry the names of Hugging Face's implementation (`model.layers.0.self_attn.q_proj`, ...), so that checkpoints
-and rules by name work on both. Sizes in shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads,
-S positions in the cache, V vocabulary.
+and rules by name work on both; `lowbit.models.fuse` joins projections that read the same input. What runs here is plain
+PyTorch, for evaluation, calibration and training; `lowbit.models.inference` runs the same modules for generation. Sizes
+in shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, S positions in the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -92,22 +93,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    qkv_proj: nn.Linear | None
+
     def __init__(self, c: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.groups = layer, c.head_dim, c.num_heads // c.num_kv_heads
+        self.sizes = [heads * c.head_dim for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
         self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.register_module("qkv_proj", None)  # the three in one, once they are fused
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values, heads side by side in the last dimension."""
+        if self.qkv_proj is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.qkv_proj(x).split(self.sizes, dim=-1)  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, position: int) -> Tensor:
         b, t, _ = x.shape
-        split = (b, t, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), *rope)
-        k = rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), *rope)
-        v = self.v_proj(x).view(split).transpose(1, 2)
+        split = (-1, self.head_dim)
+        q, k, v = (y.unflatten(-1, split) for y in self.project(x))
+        q, k = rotate(self.q_norm(q).transpose(1, 2), *rope), rotate(self.k_norm(k).transpose(1, 2), *rope)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, position, k, v)
         mask = None
@@ -120,14 +131,24 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gate_up_proj: nn.Linear | None
+
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.register_module("gate_up_proj", None)  # the two in one, once they are fused
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Gate and up."""
+        if self.gate_up_proj is None:
+            return self.gate_proj(x), self.up_proj(x)
+        return self.gate_up_proj(x).chunk(2, dim=-1)  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,8 @@ from lowbit.kernels.select import select
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.tools import timing
-from lowbit.tools.bench_rows import BF16, FLOOR, LOWBIT, LeftOut, Record, Row, finished, reason_of, scheme_name
-from lowbit.tools.doctor import machine, sqnr_db
+from lowbit.tools.bench_rows import BF16, FLOOR, LOWBIT, LeftOut, Record, Row, about, finished, reason_of, scheme_name
+from lowbit.tools.doctor import sqnr_db
 from lowbit.tools.peers import Function, NoCounterpart, Peer
 from lowbit.tools.timing import Call, Turn
 
@@ -300,23 +299,5 @@ def _exact(x: Tensor, w: Tensor) -> Tensor:
 
 def environment(plan: Plan, command: str) -> dict[str, Any]:
     """What a result has to name beside its numbers."""
-    from lowbit import __version__
-
-    gpu = plan.device.type == "cuda"
-    facts = machine()
-    return {
-        "gpu": torch.cuda.get_device_name(plan.device) if gpu else None,
-        "processor": facts["processor"],
-        "threads": torch.get_num_threads(),
-        "lowbit": __version__,
-        "torch": torch.__version__,
-        "triton": facts["triton"],
-        "cuda": torch.version.cuda if gpu else None,
-        "python": platform.python_version(),
-        "peers": {peer.name: peer.versions() for peer in plan.peers},
-        "cold_bytes": timing.COLD_BYTES,
-        "rounds": plan.rounds,
-        "seconds": plan.seconds,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": command,
-    }
+    more = {"cold_bytes": timing.COLD_BYTES, "rounds": plan.rounds, "seconds": plan.seconds}
+    return about(plan.device, command) | {"peers": {peer.name: peer.versions() for peer in plan.peers}} | more

@@ -1,4 +1,5 @@
-"""The plot of `lowbit bench linear`: one panel per layer and scheme, time over the number of tokens."""
+"""The plots of `lowbit bench`: of `linear`, one panel per layer and scheme, time over the number of tokens; of
+`generate`, one bar per row, what a token's time consists of."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import see
-from lowbit.tools.bench_rows import BF16, LOWBIT, Record, Row
+from lowbit.tools.bench_rows import BF16, LOWBIT, GenerateRow, Record, Row
 
 SUFFIXES = (".svg", ".png", ".pdf")
 _TEXT, _MUTED, _GRID = "#22272e", "#5f6975", "#e3e7ec"
@@ -137,3 +138,64 @@ def _axes_style(axes: Any, tokens: list[int]) -> None:
     for spine in axes.spines.values():
         spine.set_color(_GRID)
     axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
+
+
+# bench generate ----------------------------------------------------------------------------------
+
+_PARTS = (("reading the weights", "#c8102e"), ("the linear layers beyond it", "#e88b98"), ("the rest", "#7b8794"))
+
+
+def write_budgets(rows: Sequence[GenerateRow], path: Path, subtitle: str) -> None:
+    """Draw a bar for every row that has a time: the floor, the linear layers above it, and the rest of a step.
+
+    Raises:
+        ValueError: no row has a time, or the file's suffix is none that can be written.
+        ImportError: matplotlib is not installed.
+    """
+    check_plot(path)
+    timed = [r for r in rows if r.step_us]
+    if not timed:
+        raise ValueError("--plot: nothing was measured, so there is nothing to draw" + see("bad-option"))
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    height = 1.5 + 0.42 * len(timed)
+    figure = Figure(figsize=(9.0, height), facecolor="white")
+    axes: Any = figure.add_axes((0.24, 0.62 / height, 0.64, 1 - 1.47 / height))
+    for y, row in enumerate(timed):
+        left = 0.0
+        for (name, colour), part in zip(_PARTS, budget(row), strict=True):
+            axes.barh(y, part, left=left, height=0.62, color=colour, label=name if y == 0 else None)
+            left += part
+        tokens = f" {row.tokens_per_second:.0f} tok/s" if row.tokens_per_second else ""
+        axes.text(left, y, tokens, va="center", ha="left", fontsize=9, color=_TEXT)
+    axes.set_yticks(range(len(timed)), [f"{r.config}, batch {r.batch}, prompt {r.prompt}" for r in timed])
+    axes.invert_yaxis()
+    axes.set_xlabel("microseconds of a step", fontsize=9, color=_MUTED)
+    axes.margins(x=0.14)
+    axes.set_xlim(left=0)
+    axes.grid(True, axis="x", color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
+    inch = 1 / height
+    figure.text(0.012, 1 - 0.13 * inch, "Where a token's time goes", fontsize=12.5, fontweight="bold", color=_TEXT,
+                va="top")  # fmt: skip
+    figure.text(0.012, 1 - 0.37 * inch, subtitle, fontsize=8.5, color=_MUTED, va="top")
+    figure.legend(loc="upper left", bbox_to_anchor=(0.006, 1 - 0.5 * inch), ncols=3, frameon=False, fontsize=9,
+                  labelcolor=_TEXT)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def budget(row: GenerateRow) -> tuple[float, float, float]:
+    """Microseconds of a step: reading, what the linear layers take beyond it, the rest; together the step.
+
+    What was measured apart may be longer than where it is a part: launches overlap, and a read may be slowed by others.
+    """
+    step = row.step_us or 0.0
+    linears = min(step, row.linears_us or 0.0)
+    floor = min(linears, row.floor_us or 0.0)
+    return floor, linears - floor, step - linears

@@ -1,4 +1,4 @@
-"""What `lowbit bench linear` measured: records, what follows from the times of a row, and the file that holds them."""
+"""What `lowbit bench` measured: records, what follows from the times of a row, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import dataclasses
 import json
 import math
 import os
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lowbit.tools.doctor import machine
 from lowbit.tools.timing import Timing
 
 BF16, LOWBIT, FLOOR = "bf16", "lowbit", "floor"
@@ -100,6 +105,77 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of GPU memory: what tensors held at most, and what PyTorch had reserved for them."""
+
+    allocated: int
+    reserved: int
+
+    @staticmethod
+    def larger(a: Memory | None, b: Memory | None) -> Memory | None:
+        """The larger of each."""
+        if a is None or b is None:
+            return a or b
+        return Memory(max(a.allocated, b.allocated), max(a.reserved, b.reserved))
+
+
+@dataclass(frozen=True)
+class GenerateRow:
+    """A model in one config, for a number of sequences and a length of their prompts.
+
+    Attributes:
+        tokens_per_second: of decoding, over the whole batch.
+        step_us, step_us_min, step_us_max, samples: of one token per sequence: the median over generations.
+        speedup, first_token_speedup: over bf16 of the same batch and prompt.
+        first_token_ms: from the prompt to the token on the host, with a graph of prompts of up to 4096 tokens; `eager`
+            without it.
+        weight_bytes: that a step reads: all linear layers, packed.
+        gb_s: `weight_bytes` by the time of a step.
+        floor_us, floor_share: the time of reading as many bytes alone, and what share of the step that is.
+        linears_us: all linear layers alone, in a graph of their own.
+        other_us: the rest of the step: attention, norms, choosing the token, gaps. May be negative where the linear
+            layers run while others do.
+        model_bytes: of all weights, the embedding included.
+        graph_bytes: GPU memory that the CUDA graphs hold.
+        peak_make, peak_capture, peak_prefill, peak_decode: the most memory in each phase; None on a CPU.
+        make_s, quantize_s: making the model with its quantization, and the quantization alone.
+        capture_s: everything before something is timed: compiling, warming up, capturing graphs.
+        error: why there are no times; empty otherwise.
+    """
+
+    model: str
+    config: str
+    batch: int
+    prompt: int
+    new_tokens: int
+    tokens_per_second: float | None = None
+    step_us: float | None = None
+    step_us_min: float | None = None
+    step_us_max: float | None = None
+    samples: int = 0
+    speedup: float | None = None
+    first_token_ms: float | None = None
+    first_token_eager_ms: float | None = None
+    first_token_speedup: float | None = None
+    weight_bytes: int = 0
+    gb_s: float | None = None
+    floor_us: float | None = None
+    floor_share: float | None = None
+    linears_us: float | None = None
+    other_us: float | None = None
+    model_bytes: int = 0
+    graph_bytes: int = 0
+    peak_make: Memory | None = None
+    peak_capture: Memory | None = None
+    peak_prefill: Memory | None = None
+    peak_decode: Memory | None = None
+    make_s: float = 0.0
+    quantize_s: float = 0.0
+    capture_s: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """A row that was not measured, and why."""
 
@@ -149,9 +225,31 @@ def reason_of(error: BaseException) -> str:
 # The file ----------------------------------------------------------------------------------------
 
 
-def document(about: dict[str, Any], rows: Sequence[Row], left_out: Sequence[LeftOut]) -> dict[str, Any]:
+def about(device: torch.device, command: str) -> dict[str, Any]:
+    """What a result has to name beside its numbers."""
+    from lowbit import __version__
+
+    gpu, facts = device.type == "cuda", machine()
+    return {
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "processor": facts["processor"],
+        "threads": torch.get_num_threads(),
+        "lowbit": __version__,
+        "torch": torch.__version__,
+        "triton": facts["triton"],
+        "cuda": torch.version.cuda if gpu else None,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+    }
+
+
+def document(
+    about: dict[str, Any], rows: Sequence[Row] | Sequence[GenerateRow], left_out: Sequence[LeftOut]
+) -> dict[str, Any]:
     """What the JSON file holds. JSON has no NaN: it is null."""
-    records = [_finite(dataclasses.asdict(r)) for row in rows for r in row.records]
+    flat = [r for row in rows for r in (row.records if isinstance(row, Row) else (row,))]
+    records = [_finite(dataclasses.asdict(r)) for r in flat]
     return about | {"records": records, "left_out": [dataclasses.asdict(x) for x in left_out]}
 
 

@@ -1,4 +1,4 @@
-"""Text generation with a static KV cache, and honest times for it."""
+"""Text generation, and honest times for it. `Session` does the work; on a GPU its steps are a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import see
-from lowbit.models.llama import KVCache, Llama
+from lowbit.models.llama import Llama
+from lowbit.models.session import Session, session_for
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class GenerateResult:
         prefill_seconds: until the logits of the first new token.
         decode_seconds: all steps after the first token.
         cache_bytes: size of the KV cache.
+        graph_bytes: GPU memory that CUDA graphs hold beside it; 0 where there are none.
     """
 
     ids: Tensor
@@ -33,6 +35,7 @@ class GenerateResult:
     prefill_seconds: float
     decode_seconds: float
     cache_bytes: int
+    graph_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +65,10 @@ def generate(
 ) -> GenerateResult:
     """Continue the prompts `ids (B, T)`, all of the same length, until all have ended or the limit is reached.
 
+    On a GPU a step is a CUDA graph, captured at the first call for a batch size and a range of lengths and kept, with
+    its cache, until another one is needed (`lowbit.models.session.forget_session` frees it). Nothing waits for the GPU
+    between tokens unless `eos_ids` or `on_token` ask to look at them.
+
     Args:
         temperature: 0 takes the most likely token; above, tokens are drawn from `softmax(logits / temperature)`.
         top_k: draw from the k most likely tokens only.
@@ -71,7 +78,7 @@ def generate(
         eos_ids: tokens that end a sequence; a `Tokenizer` knows them.
         on_token: called after each step with the new tokens `(B,)`, for streaming; its time counts.
         warmup: run the prompt and one step before the clock starts, so that one-time costs (loading kernels, packing)
-            are not counted as speed.
+            are not counted as speed. On a GPU the prompt, too, is a CUDA graph then.
 
     Raises:
         ValueError: an empty prompt, a sampling argument out of range, or prompt and limit exceed the model's context.
@@ -80,36 +87,37 @@ def generate(
     device = model.model.norm.weight.device
     ids = ids.to(device)
     batch, length = ids.shape
-    cache = model.new_cache(batch, length + max_new_tokens)
+    session = session_for(model, batch, length + max_new_tokens)
     random = torch.Generator(device).manual_seed(seed)
-    ends = torch.tensor(list(eos_ids), dtype=ids.dtype, device=device)
+    ends = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
     if warmup:
-        _warm_up(model, ids, cache)
+        _warm_up(session, ids)
 
     started = _now(device)
-    logits = model(ids, cache, 0, last_only=True)[:, -1]
+    logits = session.prefill(ids)
     prefilled = _now(device)
-    tokens: list[Tensor] = []
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     while True:
-        token = choose(logits.float(), temperature, top_k, top_p, random).to(ids.dtype)
+        if temperature > 0:
+            session.put(choose(logits.float(), temperature, top_k, top_p, random))
         if len(ends):
-            token = torch.where(ended, ends[0], token)
-            ended |= torch.isin(token, ends)
-        tokens.append(token)
+            session.put(torch.where(ended, ends[0], session.token))
+            ended |= torch.isin(session.token, ends)
         if on_token is not None:
-            on_token(token)
-        if len(tokens) == max_new_tokens or (len(ends) and bool(ended.all())):
+            on_token(session.token.to(ids.dtype, copy=True))
+        new = session.length - length
+        if new == max_new_tokens or (len(ends) and bool(ended.all())):
             break
-        logits = model(token[:, None], cache, length + len(tokens) - 1)[:, -1]
+        logits = session.step()
     decoded = _now(device)
     return GenerateResult(
-        ids=torch.cat((ids, torch.stack(tokens, dim=1)), dim=1),
+        ids=session.ids.to(ids.dtype),
         prompt_tokens=length,
-        new_tokens=len(tokens),
+        new_tokens=new,
         prefill_seconds=prefilled - started,
         decode_seconds=decoded - prefilled,
-        cache_bytes=cache.nbytes,
+        cache_bytes=session.state.cache.nbytes,
+        graph_bytes=session.graph_bytes,
     )
 
 
@@ -128,13 +136,17 @@ def choose(
         sorted_p, order = probabilities.sort(descending=True)
         before = sorted_p.cumsum(-1) - sorted_p  # a token stays while those before it do not reach top_p
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, sorted_p.masked_fill(before >= top_p, 0))
-    return torch.multinomial(probabilities, 1, generator=random).squeeze(-1)
+    # The most likely token after each probability was divided by an exponential draw of its own is a token drawn by
+    # probability (an exponential race); `torch.multinomial` does that too, but waits for the GPU to check its input.
+    draws = torch.empty_like(probabilities).exponential_(1.0, generator=random)
+    return (probabilities / draws).argmax(-1)
 
 
-def _warm_up(model: Llama, ids: Tensor, cache: KVCache) -> None:
+def _warm_up(session: Session, ids: Tensor) -> None:
     """The run that follows overwrites what this leaves in the cache."""
-    model(ids, cache, 0, last_only=True)
-    model(ids[:, :1], cache, ids.shape[1])
+    session.capture_prompt(ids.shape[1])
+    session.prefill(ids)
+    session.step()
 
 
 def _now(device: torch.device) -> float:

@@ -26,7 +26,8 @@ from lowbit.formats.fp8 import E4M3, Float8Format
 from lowbit.formats.int import IntFormat
 from lowbit.formats.mx import MXFormat
 from lowbit.formats.nvfp4 import NVFP4Format
-from lowbit.kernels.triton.launch import OPTIONS, on_device
+from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
+from lowbit.kernels.triton.launch import OPTIONS, early_options, on_device
 
 BLOCK = 2048
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_WEIGHT)
@@ -160,10 +161,13 @@ def tensor_scale_kernel(amax, scale, M, TOP: tl.constexpr, R: tl.constexpr, BLOC
 
 @triton.jit
 def quantize_rows_kernel(
-    x, operand, scales, static_scale, M, K, R: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, operand, scales, static_scale, M, K, R: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """One scale per row, or the given one. Grid `(M,)`; the second pass over a row reads it from the cache."""
+    let_the_next_start(EARLY)
     row = tl.program_id(0).to(tl.int64)
+    wait_for_the_kernel_before(EARLY)
     zero_point = 0.0
     if STATIC:
         scale = tl.load(static_scale).to(tl.float32)
@@ -308,7 +312,7 @@ def quantize(
     with on_device(x):
         quantize_rows_kernel[(m,)](
             x, operand, scales, scales, m, k, R=rule, STATIC=static_scale is not None, BLOCK=_row_block(k),
-            num_warps=4 if k <= 4096 else 8, **OPTIONS,
+            num_warps=4 if k <= 4096 else 8, **early_options(x.device), **OPTIONS,
         )  # fmt: skip
     return operand, scales
 

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lowbit.kernels.problem import capability, starts_early
+
 # Products and sums round one after the other, as in the definitions of the formats.
 OPTIONS = {"enable_fp_fusion": False}
 
@@ -37,3 +39,10 @@ def has_native_float8(device: torch.device) -> bool:
 def uses_ptx(device: torch.device) -> bool:
     """Whether kernels may hold PTX: on NVIDIA GPUs, not on AMD's and not in Triton's interpreter."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def early_options(device: torch.device) -> dict[str, bool]:
+    """Constants and compile options of a kernel with a constant `EARLY`, for a launch here and now."""
+    if starts_early() and uses_ptx(device) and capability(device.index or 0) >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}

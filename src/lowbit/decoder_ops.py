@@ -1,0 +1,178 @@
+"""The torch.library ops between the linear layers of a decoder, for inference: each is one GPU kernel.
+
+Here are their definitions, in PyTorch, which run wherever there is no kernel. Everything is computed in fp32 (fp64 for
+fp64 inputs) and rounded once, to the dtype of the activations. B sequences, T tokens, H query heads, G key/value heads,
+S positions of a cache, D numbers per head. Ops write into the cache, whose positions are read from memory: nothing on
+the host knows how long a sequence is, so a CUDA graph of them serves every length.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.kernels.cache_layout import check_heads
+from lowbit.kernels.select import triton_missing
+
+_LIB = torch.library.Library("lowbit", "FRAGMENT")
+_LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_LIB.define("add_rms_norm(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)")
+_LIB.define("silu_mul(Tensor gate_up) -> Tensor")
+_LIB.define("gemv(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_ROPE = (
+    "Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor cos, Tensor sin, Tensor? q_norm,"
+    " Tensor? k_norm, float eps, SymInt heads"
+)
+_LIB.define(f"rope_write({_ROPE}) -> Tensor")
+_LIB.define(f"decode_attention({_ROPE}, Tensor(c!) arrived) -> Tensor")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, _rms_norm(total, weight, eps)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _rope_write(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, heads: int,
+) -> Tensor:  # fmt: skip
+    """Queries `(B, T, H, D)`, normed and rotated; keys, too, and values are written into the cache.
+
+    Args:
+        qkv: `(B, T, (H + 2 G) D)` queries, keys and values, heads side by side.
+        keys, values: a layer's cache, `(B, G, S, D)`.
+        positions: int32 `(B,)`, the places of the first of the T tokens.
+        cos, sin: fp32 `(S, D / 2)` of every position's angles.
+        q_norm, k_norm: `(D,)` weights of RMSNorm over each head, or None.
+    """
+    check_heads(qkv, keys, heads)
+    batch, tokens, _ = qkv.shape
+    _, groups, _, d = keys.shape
+    x = qkv.view(batch, tokens, -1, d)
+    turning, v = _wide(x[:, :, : heads + groups]), x[:, :, heads + groups :]
+    if q_norm is not None and k_norm is not None:
+        q, k = turning.split([heads, groups], dim=2)
+        q, k = F.rms_norm(q, (d,), q_norm.to(q.dtype), eps), F.rms_norm(k, (d,), k_norm.to(k.dtype), eps)
+        turning = torch.cat((q, k), dim=2)
+    starts = positions.tolist()
+    if min(starts) == max(starts):  # sequences of one length are the rule
+        spans = [(slice(None), slice(starts[0], starts[0] + tokens))]
+    else:
+        spans = [(slice(i, i + 1), slice(start, start + tokens)) for i, start in enumerate(starts)]
+    c, s = (torch.stack([table[span, None] for _, span in spans]) for table in (cos, sin))
+    a, b = turning.chunk(2, dim=-1)
+    turned = torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(qkv.dtype)
+    for rows, span in spans:
+        keys[rows, :, span] = turned[rows, :, heads:].transpose(1, 2)
+        values[rows, :, span] = v[rows].transpose(1, 2)
+    return turned[:, :, :heads].contiguous()
+
+
+def _decode_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, heads: int, arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    """Attention of one new token `qkv (B, (H + 2 G) D)` over the cache and itself: `(B, H D)`.
+
+    Arguments are those of `rope_write`; `arrived` is int32 `(B G,)` of zeros that the kernel counts in.
+    """
+    q = _rope_write(qkv[:, None], keys, values, positions, cos, sin, q_norm, k_norm, eps, heads)
+    places, mask = positions.tolist(), None
+    end = max(places) + 1
+    if min(places) + 1 < end:
+        mask = (torch.arange(end, device=qkv.device) <= positions[:, None])[:, None, None]
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=heads > keys.shape[1]
+    )
+    return y.transpose(1, 2).reshape(qkv.shape[0], -1)
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+
+def _on_gpu(definition: Callable[..., Any], module: str) -> Callable[..., Any]:
+    """The kernel of the same name in `lowbit.kernels.triton`, or the definition where Triton is not installed."""
+    name = definition.__name__.lstrip("_")
+
+    def run(*args: Any) -> Any:
+        if triton_missing():
+            return definition(*args)
+        return getattr(importlib.import_module(f"lowbit.kernels.triton.{module}"), name)(*args)
+
+    return run
+
+
+# What comes out, for torch.compile ---------------------------------------------------------------
+
+
+def _like(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _two_like(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _half_as_wide(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _gemv_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _rope_fake(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, heads: int,
+) -> Tensor:  # fmt: skip
+    check_heads(qkv, keys, heads)
+    return qkv.new_empty(*qkv.shape[:-1], heads, keys.shape[3])
+
+
+def _attention_fake(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, heads: int, arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(qkv.shape[0], heads * keys.shape[3])
+
+
+for _name, _definition, _module, _fake in (
+    ("rms_norm", _rms_norm, "between", _like),
+    ("add_rms_norm", _add_rms_norm, "between", _two_like),
+    ("silu_mul", _silu_mul, "between", _half_as_wide),
+    ("gemv", _gemv, "gemv", _gemv_fake),
+    ("rope_write", _rope_write, "between", _rope_fake),
+    ("decode_attention", _decode_attention, "decode_attention", _attention_fake),
+):
+    _LIB.impl(_name, _definition, "CompositeExplicitAutograd")
+    _LIB.impl(_name, _on_gpu(_definition, _module), "CUDA")
+    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIB)
+
+rms_norm: Callable[..., Tensor] = torch.ops.lowbit.rms_norm.default
+add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = torch.ops.lowbit.add_rms_norm.default
+silu_mul: Callable[..., Tensor] = torch.ops.lowbit.silu_mul.default
+gemv: Callable[..., Tensor] = torch.ops.lowbit.gemv.default
+rope_write: Callable[..., Tensor] = torch.ops.lowbit.rope_write.default
+decode_attention: Callable[..., Tensor] = torch.ops.lowbit.decode_attention.default

@@ -1,0 +1,170 @@
+"""Generation on the GPU: graphs say what eager steps say, nothing waits, memory is what it should be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.models import LlamaConfig
+from lowbit.models.random import random_model
+from lowbit.models.session import Session, forget_session, session_for
+from lowbit.models.shapes import SHAPES
+from lowbit.specs import parse_config
+from lowbit.tools.generate import choose, generate
+
+MIB = 1 << 20
+SMALL = LlamaConfig(
+    vocab_size=1000, hidden_size=512, intermediate_size=1024, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
+    max_positions=2048, norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+VARIANTS = {
+    "plain": SMALL, "qwen3": replace(SMALL, qk_norm=True, head_dim=128), "biases": replace(SMALL, qkv_bias=True),
+    "tied": replace(SMALL, tie_embeddings=True), "head_dim 96": replace(SMALL, head_dim=96),
+}  # fmt: skip
+CONFIGS = (None, "int4wo-128", "int8wo", "float8wo", "nf4wo-64", "int8dq", "float8dq-row")
+
+
+def made(config: LlamaConfig, spec: str | None, dtype: torch.dtype = torch.bfloat16):
+    """Weights ten times as large as usual, so that a wrong bit changes the text."""
+    model = random_model(config, None, "cuda", dtype).model
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.mul_(5)
+    if spec is not None:
+        lowbit.quantize_(model, spec)
+    return model
+
+
+def prompts(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1000, (batch, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+@pytest.mark.parametrize("spec", CONFIGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_graph_says_what_eager_steps_say(variant: str, spec: str | None) -> None:
+    """For one sequence to the bit, over several prompts and lengths, with prompts as graphs too."""
+    model = made(VARIANTS[variant], spec)
+    graph, eager = Session(model, 1, 512), Session(model, 1, 512, graph=False)
+    assert (graph.uses_graph, eager.uses_graph) == (True, False)
+    graph.capture_prompt(33)
+    for tokens in (33, 7, 1, 33, 300):
+        ids = prompts(1, tokens, seed=tokens)
+        assert torch.equal(graph.prefill(ids), eager.prefill(ids))
+        for _ in range(60):
+            assert torch.equal(graph.step(), eager.step())
+        assert torch.equal(graph.ids, eager.ids)
+
+
+@pytest.mark.parametrize("spec", ["int4wo-128", "int8wo"])
+def test_several_sequences(spec: str) -> None:
+    model = made(SMALL, spec)
+    graph, eager = Session(model, 3, 256), Session(model, 3, 256, graph=False)
+    ids = prompts(3, 20)
+    graph.prefill(ids)
+    eager.prefill(ids)
+    for _ in range(40):
+        assert torch.equal(graph.step(), eager.step())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_text_is_that_of_the_cpu(variant: str) -> None:
+    model = made(VARIANTS[variant], None, torch.float32)
+    ids = prompts(2, 19)
+    on_gpu = generate(model, ids, 48).ids.cpu()
+    forget_session(model)
+    assert torch.equal(on_gpu, generate(model.cpu(), ids.cpu(), 48).ids)
+
+
+def test_logits_are_those_of_the_plain_model() -> None:
+    model = made(SMALL, None)
+    session, ids = Session(model, 2, 256), prompts(2, 40)
+    cache = model.new_cache(2, 256)
+    for i in range(20):
+        got = session.prefill(ids) if i == 0 else session.step()
+        part = ids if i == 0 else session.ids[:, -2:-1]
+        with torch.inference_mode():
+            expected = model(part, cache, 0 if i == 0 else 39 + i, last_only=True)[:, -1]
+        error = (got.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 0.03, f"step {i}: {error:.3f}"
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    """Greedy steps and sampled ones are queued without a look at the result."""
+    model = made(SMALL, "int4wo-128")
+    session = Session(model, 2, 256)
+    session.prefill(prompts(2, 20))
+    random = torch.Generator("cuda").manual_seed(0)
+    logits = session.step()
+    choose(logits.float(), 0.8, 50, 0.9, random)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            logits = session.step()
+        with torch.inference_mode():
+            for _ in range(5):
+                session.put(choose(logits.float(), 0.8, 50, 0.9, random))
+                logits = session.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert session.length == 20 + 1 + 1 + 10
+
+
+def test_a_seed_repeats_a_draw_and_ends_are_seen() -> None:
+    model, ids = made(SMALL, "int8wo"), prompts(2, 9)
+    draws = [generate(model, ids, 30, temperature=1.0, seed=seed).ids for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    free = generate(model, ids[:1], 30).ids
+    end = int(free[0, 15])
+    ended = generate(model, ids[:1], 30, eos_ids=(end,)).ids
+    assert torch.equal(ended, free[:, : ended.shape[1]])
+    assert int(ended[0, -1]) == end
+    seen: list[torch.Tensor] = []
+    said = generate(model, ids, 8, on_token=seen.append).ids
+    assert torch.equal(torch.stack(seen, 1), said[:, 9:])
+
+
+def test_sessions_are_kept_while_they_fit() -> None:
+    model = made(SMALL, None)
+    first = session_for(model, 1, 100)
+    assert first.capacity == 256
+    assert session_for(model, 1, 256) is first
+    assert session_for(model, 2, 100) is not first
+    second = session_for(model, 1, 300)
+    assert second.capacity == 512
+    lowbit.quantize_(model, "int8wo")
+    third = session_for(model, 1, 300)
+    assert third is not second, "its graph reads weights that are gone"
+    ids = prompts(1, 12)
+    assert torch.equal(generate(model, ids, 50).ids, generate(model, ids, 50).ids)
+    assert session_for(model, 1, 62) is third
+    assert generate(model, ids, 2).graph_bytes == third.graph_bytes > 0
+    forget_session(model)
+    assert session_for(model, 1, 300) is not third
+
+
+@pytest.mark.parametrize("spec", ["int4wo-128", "float8wo", "nf4wo-64"])
+def test_memory(spec: str) -> None:
+    """Making a model takes the model and some rows; running it, its cache, its graphs and one workspace more."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = random_model(SHAPES["llama-3.2-1b"], parse_config(spec).scheme, "cuda").model
+    torch.cuda.synchronize()
+    size = torch.cuda.memory_allocated() - before
+    assert torch.cuda.max_memory_allocated() - before - size <= 256 * MIB
+    session = Session(model, 1, 512)
+    session.prefill(prompts(1, 128))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    session.prefill(prompts(1, 128))
+    for _ in range(8):
+        session.step()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - size - session.state.nbytes
+    assert extra <= 128 * MIB, f"{extra / MIB:.0f} MiB beside weights and cache"
