@@ -343,3 +343,22 @@ def test_the_kernel_asked_for_runs_or_is_refused() -> None:
         F.linear(torch.randn(2, 32), w)
     with pytest.raises(ValueError, match="torch_blocked"), use_kernel("fastest"):
         pass
+
+
+@each_format
+def test_linear_silu_mul_is_the_linear_layer_and_what_follows(fmt: Format) -> None:
+    n, k = 130, 256
+    w = quantized(fmt, n, k)
+    for m, dtype in ((0, torch.float32), (1, torch.bfloat16), (5, torch.float16)):
+        x = weights("normal", m, k, seed=m).to(dtype)
+        bias = weights("normal", 1, n)[0].to(dtype) if m else None
+        args = (list(w.planes.values()), bias, None, fmt.spec, "", n, k)
+        gate, up = ops.linear(x, *args).float().chunk(2, dim=-1)
+        assert torch.equal(ops.linear_silu_mul(x, *args), (F.silu(gate) * up).to(dtype))
+    torch.library.opcheck(ops.linear_silu_mul, (x, *args), test_utils="test_faketensor")
+
+
+def test_linear_silu_mul_needs_as_many_gates_as_gated() -> None:
+    w = quantized(parse_format("int8:row"), 65, 64)
+    with pytest.raises(ValueError, match="65 outputs are no gate and as many others"):
+        ops.linear_silu_mul(torch.randn(1, 64), list(w.planes.values()), None, None, "int8:row", "", 65, 64)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.errors import see
@@ -26,6 +27,10 @@ _LIB = torch.library.Library("lowbit", "DEF")
 _LIB.define(
     "linear(Tensor x, Tensor[] planes, Tensor? bias, Tensor? act_scale, str format, str act, SymInt n, SymInt k)"
     " -> Tensor"
+)
+_LIB.define(
+    "linear_silu_mul(Tensor x, Tensor[] planes, Tensor? bias, Tensor? act_scale, str format, str act, SymInt n,"
+    " SymInt k) -> Tensor"
 )
 _LIB.define("linear_dgrad(Tensor grad, Tensor[] planes, str format, SymInt n, SymInt k) -> Tensor")
 _LIB.define("embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype) -> Tensor")
@@ -72,19 +77,51 @@ def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: 
 def _linear(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
+    return _run_linear(x, planes, bias, act_scale, spec, act, n, k, gated=False)
+
+
+def _linear_silu_mul(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
+) -> Tensor:
+    """`silu(gate) * up`, `(..., N / 2)`: a linear layer whose first N / 2 outputs are the gate of the others."""
+    return _run_linear(x, planes, bias, act_scale, spec, act, n, k, gated=True)
+
+
+def _run_linear(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int,
+    gated: bool,
+) -> Tensor:  # fmt: skip
     fmt = parse_format(spec)
     _check_input(x, planes, bias, fmt, n, k)
+    width = _width(n, gated)
     lead = x.shape[:-1]
     m = math.prod(lead)
     if m == 0 or n == 0:
-        return x.new_empty(*lead, n)
+        return x.new_empty(*lead, width)
     problem = problem_of(x, m, n, k, spec, act)
     x2d = x.reshape(m, k)
     if x2d.stride() != (k, 1):
         x2d = x2d.contiguous()
     named = dict(zip(fmt.plane_names, planes, strict=True))
-    y = select(problem).kernel.function(x2d, named, bias, problem, act_scale)
-    return y.view(*lead, n)
+    kernel = select(problem).kernel
+    fused = kernel.silu_mul_function if gated else None
+    y = (fused or kernel.function)(x2d, named, bias, problem, act_scale)
+    if gated and fused is None:
+        gate, up = (y if y.dtype == torch.float64 else y.float()).chunk(2, dim=-1)
+        y = (F.silu(gate) * up).to(y.dtype)
+    return y.view(*lead, width)
+
+
+def _width(n: int, gated: bool) -> int:
+    if gated and n % 2:
+        raise ValueError(f"lowbit.linear_silu_mul: {n} outputs are no gate and as many others" + see("input-mismatch"))
+    return n // 2 if gated else n
+
+
+def fuses_silu_mul(x: Tensor, spec: str, act: str, n: int, k: int) -> bool:
+    """Whether `linear_silu_mul` is one kernel for `x (..., K)`, rather than a linear layer and what follows."""
+    problem = problem_of(x, math.prod(x.shape[:-1]), n, k, spec, act)
+    return problem.m > 0 and select(problem).kernel.silu_mul is not None
 
 
 def _linear_fake(
@@ -92,6 +129,13 @@ def _linear_fake(
 ) -> Tensor:
     _check_input(x, planes, bias, parse_format(spec), n, k)
     return x.new_empty(*x.shape[:-1], n)
+
+
+def _linear_silu_mul_fake(
+    x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
+) -> Tensor:
+    _check_input(x, planes, bias, parse_format(spec), n, k)
+    return x.new_empty(*x.shape[:-1], _width(n, gated=True))
 
 
 def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -248,6 +292,7 @@ def _dequantize_fake(planes: list[Tensor], spec: str, n: int, k: int, dtype: tor
 
 for _name, _impl, _fake in (
     ("linear", _linear, _linear_fake),
+    ("linear_silu_mul", _linear_silu_mul, _linear_silu_mul_fake),
     ("linear_dgrad", _linear_dgrad, _linear_dgrad_fake),
     ("embedding", _embedding, _embedding_fake),
     ("conv2d", _conv2d, _conv2d_fake),
@@ -261,6 +306,7 @@ torch.library.register_autograd("lowbit::linear", _linear_backward, setup_contex
 torch.library.register_autograd("lowbit::conv2d", _conv2d_backward, setup_context=_conv2d_setup, lib=_LIB)
 
 linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
+linear_silu_mul: Callable[..., Tensor] = torch.ops.lowbit.linear_silu_mul.default
 linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default
 embedding: Callable[..., Tensor] = torch.ops.lowbit.embedding.default
 conv2d: Callable[..., Tensor] = torch.ops.lowbit.conv2d.default

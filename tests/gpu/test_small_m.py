@@ -64,3 +64,18 @@ def test_bits_repeat() -> None:
     x = inputs(16, 4096, torch.bfloat16)
     first = run(fmt, 4096, 4096, x)
     assert all(torch.equal(run(fmt, 4096, 4096, x), first) for _ in range(50))
+
+
+@pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "int3:g64", "nf4:g64", "mxfp4", "int4:g64:asym"])
+def test_gate_and_up_in_one_kernel(spec: str) -> None:
+    """`silu(gate) * up` of the outputs that the kernel gives without it, which are the same bits."""
+    fmt = next(f for f in FORMATS if f.spec == spec)
+    for n, k, m, cluster in ((64, 256, 1, None), (146, 640, 3, None), (146, 640, 8, 2), (512, 1152, 16, None)):
+        x, w = inputs(m, k, torch.bfloat16, seed=m), weight_on_gpu(fmt, n, k)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(m)).cuda() if m % 2 else None
+        gate, up = small_m.launch(x, w.planes, fmt, n, bias, cluster=cluster).float().chunk(2, dim=-1)
+        y = small_m.launch(x, w.planes, fmt, n, bias, cluster=cluster, gated=True)
+        expected_y = torch.nn.functional.silu(gate) * up
+        # The exponential of the hardware may round the last bit the other way.
+        torch.testing.assert_close(y.float(), expected_y, rtol=2**-7, atol=0)
+        assert (y == expected_y.bfloat16()).float().mean() > 0.98

@@ -35,7 +35,8 @@ def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
     defines = small_m.constants(fmt)
     assert not isinstance(defines, str), defines
     few_registers = len(fmt.element.code_planes) == 1 and not small_m.has_table(fmt)
-    more = {"TOKEN_TILES": 1, "CLUSTER": 1, "WHOLE": 1, "BUFFERS": 2, "RESIDENT": 3 if few_registers else 2} | changes
+    more = {"TOKEN_TILES": 1, "CLUSTER": 1, "WHOLE": 1, "BUFFERS": 2, "RESIDENT": 3 if few_registers else 2, "GATED": 0}
+    more |= changes
     source = loader.read_source("small_m.cu")
     return loader.compile_source(source, "small_m", tuple(sorted((dict(defines) | more).items())), arch)
 
@@ -87,7 +88,7 @@ def test_few_tokens(fmt: Format) -> None:
 
 @pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "int3:g64", "nf4:g64", "nvfp4", "int4:g64:asym"])
 @pytest.mark.parametrize(
-    "changes", [{"TOKEN_TILES": 2, "COPIES": 8}, {"CLUSTER": 4}, {"WHOLE": 0}, {"FP16": 1}], ids=str
+    "changes", [{"TOKEN_TILES": 2, "COPIES": 8}, {"CLUSTER": 4}, {"WHOLE": 0}, {"FP16": 1}, {"GATED": 1}], ids=str
 )
 def test_other_instances_for_few_tokens(spec: str, changes: dict[str, int]) -> None:
     assert_in_registers(instructions(small_m_code(parse_format(spec), HOPPER, **changes), "small_m"), "HMMA")

@@ -42,7 +42,7 @@ def batch_invariant() -> Iterator[None]:
     """In this context, a row of a lowbit matmul has the same bits whatever other rows are multiplied with it.
 
     Without it, kernels and their tiles change with the number of tokens, and with them the order of sums. It costs
-    speed, most for few tokens, and needs a Hopper GPU, bf16 and weight-only formats; anything else is an error.
+    speed, most for few tokens, and needs a Hopper GPU, bf16 or fp16 and weight-only formats; anything else is an error.
     """
     token = _invariant.set(True)
     try:

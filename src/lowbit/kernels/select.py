@@ -32,6 +32,7 @@ class Kernel:
         by_name_only: never chosen, only run by `use_kernel`.
         batch_invariant: whether it can multiply so that a row's bits do not depend on the others.
         config: how it would launch for a problem that it takes, in words.
+        silu_mul: like `run`, a function that also takes `silu(gate) * up` of the two halves of the outputs.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kernel:
     by_name_only: bool = False
     batch_invariant: bool = False
     config: Callable[[Problem], str] | None = None
+    silu_mul: str | None = None
 
     def why_not(self, p: Problem) -> str | None:
         if self.device is not None and self.device != p.device:
@@ -50,6 +52,10 @@ class Kernel:
     @property
     def function(self) -> Callable[..., torch.Tensor]:
         return _import_function(self.run)
+
+    @property
+    def silu_mul_function(self) -> Callable[..., torch.Tensor] | None:
+        return None if self.silu_mul is None else _import_function(self.silu_mul)
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,14 @@ def _native(p: Problem) -> str | None:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cuda_small_m", "cuda", "cuda.small_m:small_m", _small_m, config=small_m.describe),
+    Kernel(
+        "cuda_small_m",
+        "cuda",
+        "cuda.small_m:small_m",
+        _small_m,
+        config=small_m.describe,
+        silu_mul="cuda.small_m:small_m_silu_mul",
+    ),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
     Kernel("cuda_wgmma", "cuda", "cuda.wgmma:wgmma", _wgmma, batch_invariant=True, config=wgmma.describe),

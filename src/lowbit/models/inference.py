@@ -1,6 +1,7 @@
 """A `Llama` as it runs for generation: the model's own modules, with one op for everything between two linear layers.
 
-A layer is eight kernels for one new token (norm, qkv, attention, o, norm, gate and up, SiLU, down), nine for a prompt.
+A quantized layer is seven kernels for one new token (norm, qkv, attention, o, norm, gate and up with SiLU, down), nine
+for a prompt.
 `Session` keeps what they need from step to step.
 """
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lowbit import decoder_ops as ops
 from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm
+from lowbit.ops import fuses_silu_mul, linear_silu_mul
 from lowbit.tensor import QuantizedTensor
 
 #: That pass an MLP at once.
@@ -106,7 +108,12 @@ def _mlp(mlp: MLP, h: Tensor) -> Tensor:
     if h.shape[0] * h.shape[1] > TOKENS:
         parts = h.view(1, -1, h.shape[-1]).split(TOKENS, dim=1)
         return torch.cat([_mlp(mlp, part) for part in parts], dim=1).view(h.shape)
-    gate_up = _joint(mlp.gate_up_proj, ("gate_proj", "up_proj"), mlp, h)
+    fused = mlp.gate_up_proj
+    if fused is not None and isinstance(w := fused.weight, QuantizedTensor) and not _is_watched(fused):
+        what = (w.format.spec, w.act_spec, w.out_features, w.in_features)
+        if fuses_silu_mul(h, *what):
+            return linear(mlp.down_proj, linear_silu_mul(h, list(w.planes.values()), fused.bias, w.act_scale, *what))
+    gate_up = _joint(fused, ("gate_proj", "up_proj"), mlp, h)
     return linear(mlp.down_proj, ops.silu_mul(gate_up))
 
 

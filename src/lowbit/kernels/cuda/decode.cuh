@@ -265,7 +265,7 @@ __device__ __forceinline__ u32 fill_table(u32 *tables, const Arguments &a) {
             tables[i] = narrow(t[low]) | (u32)narrow(t[high]) << 16;
         } else {
             const u16 *t = (const u16 *)a.table;
-            tables[i] = t[low] | (u32)t[high] << 16;
+            tables[i] = FP16 ? narrow2(bf16_value(t[low]), bf16_value(t[high])) : t[low] | (u32)t[high] << 16;
         }
     }
     return shared_address(tables) + threadIdx.x % COPIES * 4;

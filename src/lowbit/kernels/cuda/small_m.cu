@@ -8,7 +8,7 @@
 //
 // Compiled with -D beyond those of decode.cuh: TOKEN_TILES (of 8), CLUSTER, WHOLE (K is a multiple of SEGMENT), BUFFERS
 // (tiles whose sums may wait to be added up, so that warps need not wait for each other), RESIDENT (blocks that registers
-// shall suffice for).
+// shall suffice for), GATED (W is a gate above what it gates: y (M, N / 2) = silu(gate) * up).
 
 #include "decode.cuh"
 
@@ -21,6 +21,12 @@ constexpr int TWO_SEGMENT = 4 * PARTS * TWO, ONE_SEGMENT = 4 * PARTS * ONE;  // 
 constexpr int STAGE_BYTES = ROWS * (64 + TWO_SEGMENT + ONE_SEGMENT);
 // Scales of a row per segment: one per part for sums, else those of the lane's chunk.
 constexpr int ROW_SCALES = SCALE_MODE == PER_STEP ? PARTS : SCALE_MODE == PER_CHUNK ? SCALES : 1;
+
+// Rows `group` and `group + 8` of a tile as rows of W: neighbours eight apart, or a gate and what it gates.
+__device__ __forceinline__ int row_of(const Arguments &a, int tile, int group, int h) {
+    if constexpr (GATED) return min(tile * 8 + group, a.n / 2 - 1) + h * (a.n / 2);
+    return min(tile * ROWS + group + 8 * h, a.n - 1);
+}
 
 // Place of the 16-byte piece `piece` in a row's 64 bytes: lanes that read together find different banks.
 __device__ __forceinline__ int swizzled(int row, int piece) { return piece ^ (QUAD == 8 ? row / 2 % 2 * 2 : row / 2 % 4); }
@@ -110,7 +116,7 @@ small_m(const __grid_constant__ Arguments a, int half) {
     auto rows_to_fetch = [&]() {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const long long n = min(next_tile * ROWS + group + 8 * h, a.n - 1);
+            const long long n = row_of(a, next_tile, group, h);
             codes[h] = a.codes + n * a.stride;
             if constexpr (HAS_2) codes2[h] = a.codes2 + n * a.stride2;
             if constexpr (HAS_1) codes1[h] = a.codes1 + n * a.stride1;
@@ -156,7 +162,7 @@ small_m(const __grid_constant__ Arguments a, int half) {
     ScaleRow scale_rows[2];
     auto rows_to_scale = [&](int tile) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) scale_rows[h] = scale_row(a, min(tile * ROWS + group + 8 * h, a.n - 1));
+        for (int h = 0; h < 2; h++) scale_rows[h] = scale_row(a, row_of(a, tile, group, h));
     };
     auto load_scales = [&](int segment) {
         // Columns a constant apart, where they are, make addresses that need no arithmetic.
@@ -221,10 +227,10 @@ small_m(const __grid_constant__ Arguments a, int half) {
     // Sums of the warps in their order, blocks of the cluster in the order of their ranks: the result does not depend on
     // M or on timing. `threads` of a block finish its share of the outputs.
     auto finish_tile = [&](int tile, int buffer, int thread, int threads) {
-        const int outputs = ROWS * a.m;
-#pragma unroll 1
-        for (int e = outputs * rank / CLUSTER + thread; e < outputs * (rank + 1) / CLUSTER; e += threads) {
-            const int row = e % ROWS, token = e / ROWS, n = tile * ROWS + row;
+        constexpr int HEIGHT = GATED ? 8 : ROWS;
+        const int outputs = HEIGHT * a.m;
+        // The sum of row `row` of the tile for a token, times scales.
+        auto total = [&](int row, int token) {
             const int from = row % 8 * 4 + token % 8 / 2, element = row / 8 * 2 + token % 2;
             const u32 at = shared_address(&sums[buffer][0][token / 8][from]) + element * 4;
             float v = 0;
@@ -232,7 +238,19 @@ small_m(const __grid_constant__ Arguments a, int half) {
             for (int c = 0; c < CLUSTER; c++)
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) v += read_float(at + w * (u32)sizeof(sums[0][0]), c);
-            if (n < a.n) a.y[(long long)token * a.n + n] = narrow(finish(a, v, finish_of(a, n), token_scale(a, token)));
+            return finish(a, v, finish_of(a, row_of(a, tile, row % 8, row / 8)), token_scale(a, token));
+        };
+#pragma unroll 1
+        for (int e = outputs * rank / CLUSTER + thread; e < outputs * (rank + 1) / CLUSTER; e += threads) {
+            const int row = e % HEIGHT, token = e / HEIGHT, n = tile * HEIGHT + row;
+            u16 *y = a.y + (long long)token * (GATED ? a.n / 2 : a.n) + n;
+            float v = total(row, token);
+            if constexpr (GATED) {
+                // Rounded as a layer's outputs are.
+                const float gate = wide(narrow(v));
+                v = gate / (1.f + __expf(-gate)) * wide(narrow(total(row + 8, token)));
+            }
+            if (n < (GATED ? a.n / 2 : a.n)) *y = narrow(v);
         }
     };
     // A block by itself: warps take turns in finishing a tile, one tile later. `count` tiles came before it.

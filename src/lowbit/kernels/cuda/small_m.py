@@ -203,6 +203,14 @@ def small_m(
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
 
+def small_m_silu_mul(
+    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
+) -> Tensor:
+    """`silu(gate) * up`, `(M, N / 2)`, for a weight whose first half are the rows of the gate, in the same kernel."""
+    x, row_scale = operand(x, problem, act_scale)
+    return launch(x, planes, problem.weight, problem.n, bias, row_scale, gated=True)
+
+
 def operand(x: Tensor, problem: Problem, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What is multiplied, and the scale of its rows: a quantized activation is split into levels and scales."""
     if problem.activation is None:
@@ -220,18 +228,21 @@ def launch(
     bias: Tensor | None = None,
     row_scale: Tensor | None = None,
     cluster: int | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """`y (M, N)` from `x (M, K)`, both bf16 or fp16, M <= 16.
 
     Args:
         row_scale: fp32 `(M or 1, 1)`, multiplied into the result.
         cluster: 1, 2, 4 or 8 blocks that share K, instead of the rule's choice.
+        gated: the result is `silu(gate) * up`, `(M, N / 2)`, of the two halves of the outputs.
     """
     m, k = x.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     a, _keep = arguments(x, y, planes, fmt, bias, row_scale)
+    a.n = n
     with on_device(x):
-        kernel, grid, half, shared = _plan(fmt, m, n, k, x.device.index, cluster, x.dtype)
+        kernel, grid, half, shared = _plan(fmt, m, n, k, x.device.index, cluster, x.dtype, gated)
         early = torch.cuda.is_current_stream_capturing()
         kernel(grid, 32 * WARPS, a, ctypes.c_int(half), early=early, shared=shared)
     return y
@@ -239,14 +250,14 @@ def launch(
 
 @cache
 def _plan(
-    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None, dtype: torch.dtype
+    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None, dtype: torch.dtype, gated: bool
 ) -> tuple[loader.CudaKernel, int, int, int]:
     """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
     sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
     cluster = cluster or cluster_for(fmt, m, n, k, sms, arch)
     shared = shared_bytes(fmt, m, k, cluster)
     more = {"TOKEN_TILES": 1 if m <= 8 else 2, "CLUSTER": cluster, "WHOLE": int(k % chunk(fmt, 64) == 0)}
-    more |= {"BUFFERS": 2, "RESIDENT": 2, "FP16": int(dtype == torch.float16)}
+    more |= {"BUFFERS": 2, "RESIDENT": 2, "FP16": int(dtype == torch.float16), "GATED": int(gated)}
     if has_table(fmt):
         more["COPIES"] = 32 if m <= 8 and shared + (32 << 10) <= SHARED_OF_TWO < room(arch) else 8
     elif cluster == 1 and m <= 8 and shared + 2 * SUMS_BYTES <= SHARED_OF_TWO:
