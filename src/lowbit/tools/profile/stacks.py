@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
-_DEPTH = 8
+_DEPTH = 12
 
 
 @dataclass(frozen=True)

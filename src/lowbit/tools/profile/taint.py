@@ -138,7 +138,7 @@ class DequantTracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(_is_subclass(t) for t in types):
+        if any(is_subclass(t) for t in types):
             return NotImplemented  # the subclass says what it is made of, and its parts come here
         op = _name(func)
         overwritten = _overwritten(func, op, args, kwargs)
@@ -264,7 +264,7 @@ def _name(func: Any) -> str:
     return func._schema.name if isinstance(func, torch._ops.OpOverload) else str(func)
 
 
-def _is_subclass(kind: type) -> bool:
+def is_subclass(kind: type) -> bool:
     return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl and kind is not Tensor  # type: ignore[attr-defined]
 
 
@@ -273,7 +273,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not _is_subclass(type(t))]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not is_subclass(type(t))]
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
