@@ -6,6 +6,7 @@ import typer
 
 from lowbit.cli import language, machine, weights
 from lowbit.cli.bench import bench
+from lowbit.cli.profile import profile
 
 app = typer.Typer(
     name="lowbit",
@@ -39,7 +40,7 @@ def root(
 
 for function in (
     machine.demo, weights.quantize, weights.verify, weights.load, language.generate, language.eval_, weights.inspect,
-    weights.explain, weights.warmup, machine.doctor,
+    weights.explain, weights.warmup, profile, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)
 app.add_typer(bench, name="bench")

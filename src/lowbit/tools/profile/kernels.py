@@ -257,3 +257,15 @@ def _is_product(c: Call) -> bool:
     if c.on_gpu:
         return bool(_GEMM.search(c.name)) and not _ELEMENTWISE.search(c.name)
     return c.name.partition("::")[2].rstrip("_") in PRODUCTS
+
+
+def kind_of(name: str) -> str:
+    """`matrix product`, `copy or elementwise` or `other`, by a kernel's or an operation's name."""
+    library, separated, operation = name.partition("::")
+    if separated and "<" not in library and " " not in library:
+        if operation.rstrip("_") in PRODUCTS or (library, operation) == ("lowbit", "linear"):
+            return "matrix product"
+        return "copy or elementwise" if operation in _POINTWISE else "other"
+    if _ELEMENTWISE.search(name):
+        return "copy or elementwise"
+    return "matrix product" if _GEMM.search(name) else "other"
