@@ -42,7 +42,7 @@ def render(profile: Profile) -> str:
         ImportError: jinja2 or matplotlib is not installed.
     """
     phase = profile.busiest_phase
-    shown = [k for k in profile.kernels if k.phase == phase][:_KERNELS]
+    shown = [k for k in profile.kernels if k.phase == phase and k.share >= 0.005][:_KERNELS]
     return render_template(
         "profile.html.j2",
         p=profile,

@@ -10,7 +10,7 @@ from lowbit.tools.profile.memory import Timeline
 from lowbit.tools.profile.verdict import LayerVerdict, Verdict, Verdicts
 
 #: Below these shares a suggestion would not be worth its line.
-_IDLE, _SLOW, _SPIKE, _FLOAT = 0.2, 0.5, 0.1, 0.1
+_IDLE, _SLOW, _SPIKE, _FLOAT = 0.2, 0.5, 0.25, 0.1
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _spikes(verdicts: Verdicts, timeline: Timeline) -> Iterator[Suggestion]:
     p = max(running, key=lambda p: p.peak - p.before)
     total = sum(v.layer.stored_bytes for v in verdicts.layers)
     rise = p.peak - p.before
-    if p.spikes and rise > _SPIKE * total:
+    if p.spikes and p.spikes[0].bytes > _SPIKE * total:
         top = p.spikes[0]
         where = str(top.stack[0]) if top.stack else "an unknown line"
         more = f" and {len(top.layers) - 1} more layers" if len(top.layers) > 1 else ""
