@@ -21,6 +21,7 @@ from torch import nn
 import lowbit
 from lowbit.specs import EXAMPLES, parse_config
 from lowbit.tools.profile.find import find_dequant
+from lowbit.tools.profile.layers import find_layers
 from lowbit.tools.profile.verdict import Verdict
 
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -156,6 +157,36 @@ def test_several_layers_in_one_model_are_told_apart():
         "a": Verdict.UNFUSED, "b": Verdict.CHUNKED, "c": Verdict.NOT_QUANTIZED, "d": Verdict.NOT_RUN,
     }  # fmt: skip
     assert found.summary == "1 chunked, 1 unfused, 1 not run, 1 not quantized"
+
+
+def test_kernels_outside_of_the_dispatcher_read_codes():
+    class Launched(Float8Layer):
+        def forward(self, x):
+            return torch.from_numpy(x.float().numpy() @ self.scale.float().numpy().repeat(64, 1).T)
+
+    found = only(Launched(128, 64))
+    assert (found.verdict, found.op) == (Verdict.FUSED, "")
+    assert find_dequant(Launched(128, 64), run=lambda: None).layers[0].verdict is Verdict.NOT_RUN
+
+
+def test_what_counts_as_a_quantized_weight():
+    def module(**tensors):
+        made = nn.Module()
+        made.register_module("plain", nn.ReLU())
+        for name, value in tensors.items():
+            made.register_buffer(name, value)
+        return made
+
+    codes = torch.zeros(64, 32, dtype=torch.uint8)
+    assert find_layers(module(codes=codes)).quantized == [], "bytes alone may be anything"
+    assert find_layers(module(mask=codes, weight=torch.ones(64, 32))).quantized == [], "a mask beside a weight"
+    assert find_layers(module(ids=torch.zeros(1, 512, dtype=torch.int64), scale=torch.ones(1))).layers == []
+    (scaled,) = find_layers(module(codes=codes, scale=torch.ones(64, 1))).quantized
+    assert (scaled.elements, scaled.stored_bytes) == (64 * 32, 64 * 32 + 64 * 4)
+    packed = module(qweight=torch.zeros(4, 64, dtype=torch.int32), scales=torch.ones(1, 64).half())
+    packed.in_features, packed.out_features = 32, 64
+    (sized,) = find_layers(packed).quantized
+    assert (sized.elements, sized.bits) == (64 * 32, 8 * (4 * 64 * 4 + 64 * 2) / (64 * 32))
 
 
 def test_a_shared_weight_is_one_layer():

@@ -184,6 +184,7 @@ def verdict(name, what, **more):
 
 def test_two_witnesses_decide_where_the_dispatcher_saw_nothing():
     silent = Verdicts((verdict("a", Verdict.NOT_RUN), verdict("b", Verdict.NOT_RUN), verdict("c", Verdict.FUSED)))
+    silent = replace(silent, layers=(*silent.layers[:2], replace(silent.layers[2], op="lowbit::linear")))
     joined = with_witnesses(silent, {"a": True, "b": True, "c": True}, {"a": True, "b": False, "c": True})
     assert [v.verdict for v in joined.layers] == [Verdict.UNFUSED, Verdict.NOT_RUN, Verdict.FUSED]
     assert joined.layers[0].copy_bytes == 2000

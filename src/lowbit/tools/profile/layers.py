@@ -125,9 +125,14 @@ def _examine(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> tuple[
     codes = [t for t in plain.values() if _is_code(t) and t.numel() >= _FEWEST]
     codes.sort(key=nbytes, reverse=True)
     scales = {n: t for n, t in plain.items() if t.is_floating_point() and not _is_code(t) and n != "bias"}
-    if codes and (codes[0].dtype in FLOAT_CODES or scales or hasattr(codes[0], "quant_state")):
-        elements = _elements(module, codes[0])
-        stored = sum(nbytes(t) for t in codes) + sum(nbytes(t) for t in scales.values() if t.numel() < elements)
+    sizes, elements = _sizes(module), 0
+    if codes:
+        elements = math.prod(sizes) if sizes else codes[0].numel() * codes[0].element_size()
+    # Codes without a known size, a scale or a dtype of their own may be anything; next to a whole weight in floating
+    # point they are a mask.
+    known = bool(sizes or scales) or (bool(codes) and codes[0].dtype in FLOAT_CODES)
+    if codes and known and not any(t.numel() >= elements for t in scales.values()):
+        stored = sum(nbytes(t) for t in (*codes, *scales.values()))
         dtype = str(codes[0].dtype).removeprefix("torch.")
         return Layer(name, kind, f"{dtype} tensors", elements, stored, True), codes
     weight = tensors.get("weight")
@@ -150,9 +155,10 @@ def _scheme(tensor: Tensor) -> str:
     return _scheme(inner) if isinstance(inner, QuantizedTensor) else type(inner).__name__
 
 
-def _elements(module: nn.Module, codes: Tensor) -> int:
+def _sizes(module: nn.Module) -> tuple[int, ...]:
+    """N and K, where the module says them."""
     for n, k in _SIZES:
         sizes = getattr(module, n, None), getattr(module, k, None)
         if all(isinstance(s, int) for s in sizes):
-            return math.prod(sizes)  # type: ignore[arg-type]
-    return codes.numel() * codes.element_size()
+            return sizes  # type: ignore[return-value]
+    return ()

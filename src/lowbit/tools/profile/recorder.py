@@ -176,7 +176,7 @@ class Profiler:
         """Tell CUDA's allocator where we are."""
         if self._recording == "memory" and self.device.type == "cuda":
             phase, layer = self._where()
-            torch.cuda.memory._set_memory_metadata(f"phase={phase};layer={layer}")
+            _tell_allocator(f"phase={phase};layer={layer}")
 
     @contextlib.contextmanager
     def _record(self, what: str) -> Iterator[None]:
@@ -215,7 +215,7 @@ class Profiler:
             finally:
                 torch.cuda.synchronize(self.device)
                 self._keep_snapshot(snapshot)
-                torch.cuda.memory._set_memory_metadata("")
+                _tell_allocator("")
                 torch.cuda.memory._record_memory_history(None)
 
     def _keep_snapshot(self, file: Path | None) -> None:
@@ -269,6 +269,13 @@ class Profiler:
         """The Chrome trace, for Perfetto; compressed if the name ends in `.gz`."""
         data = json.dumps(self.trace).encode()
         file.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
+
+
+def _tell_allocator(note: str) -> None:
+    """Attach a note to the allocations that follow; older versions of torch have none, and phases go by time."""
+    tell = getattr(torch._C, "_cuda_setMemoryMetadata", None)
+    if tell is not None:
+        tell(note)
 
 
 def _uncompiled(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

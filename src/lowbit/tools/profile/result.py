@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,6 +80,7 @@ def build(
     spans: Mapping[str, Sequence[Span]],
     reads: Sequence[Read] = (),
     written: Sequence[tuple[str, Copy]] = (),
+    ran: Collection[str] = (),
     events: Sequence[MemoryEvent] = (),
     memory_base: int = 0,
     trace: Mapping[str, Any] | None = None,
@@ -96,7 +97,7 @@ def build(
     """
     calls = k.calls_of(trace) if trace is not None else []
     verdicts = with_witnesses(
-        judge(layers, reads, written),
+        judge(layers, reads, written, ran),
         copies_in_layers(events, layers, set(few_tokens)),
         k.copies_before_products(calls, layers, set(few_tokens)),
     )
@@ -141,18 +142,15 @@ def with_witnesses(verdicts: Verdicts, memory: Mapping[str, bool], kernels: Mapp
     out = []
     for v in verdicts.layers:
         name = v.layer.name
-        witnesses = {DISPATCH: v.verdict is Verdict.UNFUSED} if v.verdict not in _SILENT else {}
+        witnesses = {DISPATCH: v.verdict is Verdict.UNFUSED} if v.op else {}
         witnesses |= {MEMORY: memory[name]} if name in memory else {}
         witnesses |= {KERNELS: kernels[name]} if name in kernels else {}
         v = replace(v, witnesses=witnesses)
-        if v.verdict is Verdict.NOT_RUN and witnesses.get(MEMORY) and witnesses.get(KERNELS):
+        if not v.op and witnesses.get(MEMORY) and witnesses.get(KERNELS):
             why = "a block of the weight's size was allocated, and written before a matrix product"
             v = replace(v, verdict=Verdict.UNFUSED, copy_bytes=2 * v.layer.elements, why=why)
         out.append(v)
     return Verdicts(tuple(out))
-
-
-_SILENT = (Verdict.NOT_RUN, Verdict.NOT_QUANTIZED)
 
 
 # As a document -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class _Info:
 
 
 class DequantTracer(TorchDispatchMode):
-    """Records every read of a quantized weight while it is active, and every wide copy in `written`.
+    """Records every read of a quantized weight while it is active, every wide copy in `written`, and which modules ran.
 
     Compiled parts of the model run uncompiled meanwhile.
     """
@@ -104,6 +105,7 @@ class DequantTracer(TorchDispatchMode):
         self.found = found or find_layers(model)
         self.reads: list[Read] = []
         self.written: list[tuple[str, Copy]] = []
+        self.ran: set[str] = set()
         self._info: dict[int, _Info] = {}
         self._alive: dict[int, StorageWeakRef] = {}
         self._state = {_key(t) for t in state_tensors(model)}
@@ -118,8 +120,9 @@ class DequantTracer(TorchDispatchMode):
         if not self._inside:
             if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled
                 self._exits.enter_context(torch.compiler.set_stance("force_eager"))
-            for module in self.model.modules():
-                handle = module.register_forward_pre_hook(self._mark_inputs, prepend=True, with_kwargs=True)
+            for name, module in self.model.named_modules():
+                mark = partial(self._mark_inputs, name)
+                handle = module.register_forward_pre_hook(mark, prepend=True, with_kwargs=True)
                 self._exits.callback(handle.remove)
         super().__enter__()
         return self
@@ -129,7 +132,8 @@ class DequantTracer(TorchDispatchMode):
         if not self._inside:
             self._exits.close()
 
-    def _mark_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _mark_inputs(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.ran.add(name)
         for tensor in _tensors((args, kwargs)):
             if _key(tensor) not in self._state and self._of(tensor) is None:
                 self._colour(tensor, _Info(Colour.ACTIVE))

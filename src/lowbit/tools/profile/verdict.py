@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -113,20 +113,33 @@ def groups(layers: Sequence[LayerVerdict]) -> list[list[LayerVerdict]]:
     return list(out.values())
 
 
-def judge(layers: Iterable[Layer], reads: Iterable[Read], written: Iterable[tuple[str, Copy]]) -> Verdicts:
-    """The verdict on every layer. Pure: the same events give the same verdicts."""
+def judge(
+    layers: Iterable[Layer], reads: Iterable[Read], written: Iterable[tuple[str, Copy]], ran: Collection[str] = ()
+) -> Verdicts:
+    """The verdict on every layer. Pure: the same events give the same verdicts.
+
+    Args:
+        ran: names of the modules that ran.
+    """
     by_layer: dict[str, list[Read]] = {}
     for read in reads:
         by_layer.setdefault(read.layer, []).append(read)
     copied: dict[str, int] = {}
     for name, copy in written:
         copied[name] = copied.get(name, 0) + copy.bytes
-    return Verdicts(tuple(_judge(layer, by_layer.get(layer.name, []), copied.get(layer.name, 0)) for layer in layers))
+    out = []
+    for layer in layers:
+        seen = by_layer.get(layer.name, [])
+        out.append(_judge(layer, seen, copied.get(layer.name, 0), any(n in ran for n in (layer.name, *layer.also))))
+    return Verdicts(tuple(out))
 
 
-def _judge(layer: Layer, reads: list[Read], written: int) -> LayerVerdict:
+def _judge(layer: Layer, reads: list[Read], written: int, ran: bool) -> LayerVerdict:
     if not layer.quantized:
         return LayerVerdict(layer, Verdict.NOT_QUANTIZED)
+    if not reads and ran:
+        # Kernels that are launched without PyTorch's dispatcher read what they are given.
+        return LayerVerdict(layer, Verdict.FUSED, why="no operation of PyTorch read its codes: its own kernel does")
     if not reads:
         return LayerVerdict(layer, Verdict.NOT_RUN, why="its codes met no input of the model")
     copies = [(r, r.copy) for r in reads if r.copy is not None and _is_wide(r.copy, layer)]
