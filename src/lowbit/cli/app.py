@@ -34,7 +34,7 @@ def root(
     """Quantize language models, prove what it costs, and run them.
 
     MODEL is a Hugging Face directory, a .gguf file, a directory that `lowbit quantize` wrote, or the word demo.
-    Exit codes: 0 ok, 1 what was asked for failed, 2 bad input.
+    Exit codes: 0 ok, 1 what was asked for failed, 2 bad input, 3 what --fail-on names was found.
     """
 
 
