@@ -131,6 +131,10 @@ def show(p: Profile, console: Console) -> None:
         for k in shown:
             table.add_row(escape(k.name), f"{k.us / 1e3:.2f}", str(k.calls), f"{100 * k.share:.0f} %")
         console.print(table)
+    slow = {phase: f"{factor:.1f} times" for phase, factor in p.slowdown.items() if factor > 1.2}
+    if slow:
+        words = ", ".join(f"{phase} {factor}" for phase, factor in slow.items())
+        console.print(f"[dim]recording made phases take longer: {words}; kernels and GB/s are as recorded[/]")
     for i, s in enumerate(p.suggestions, 1):
         console.print(f"[bold]{i}. {escape(s.gain)}[/]", soft_wrap=True)
         console.print(f"   {escape(s.text)}.", soft_wrap=True)

@@ -169,6 +169,26 @@ def test_kernels_outside_of_the_dispatcher_read_codes():
     assert find_dequant(Launched(128, 64), run=lambda: None).layers[0].verdict is Verdict.NOT_RUN
 
 
+def test_a_quantized_cache_is_no_weight():
+    class Cache(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("keys", torch.zeros(64, 32, dtype=torch.int8))
+            self.register_buffer("scales", torch.ones(64, 1))
+
+        def forward(self, x):
+            self.keys[:32] = x[:, :32].to(torch.int8)
+            return (self.keys.float() * self.scales) @ x[0, :32].float()
+
+    assert find_dequant(Cache(), X).layers == ()
+
+
+def test_a_weight_of_several_planes_is_read_once_per_run():
+    model = quantized("int4wo-32")
+    assert len(model[0].weight.planes) == 3
+    assert find_dequant(model, run=lambda: [model(X) for _ in range(3)]).layers[0].calls == 3
+
+
 def test_what_counts_as_a_quantized_weight():
     def module(**tensors):
         made = nn.Module()

@@ -14,10 +14,11 @@ import lowbit
 from lowbit.tools.profile import Files, Profiler, Verdict, document, profile
 from lowbit.tools.profile.kernels import Gaps, LayerTime
 from lowbit.tools.profile.layers import Layer
-from lowbit.tools.profile.memory import Timeline
+from lowbit.tools.profile.memory import Span, Timeline
 from lowbit.tools.profile.report import render, write_json, write_report
-from lowbit.tools.profile.result import with_witnesses
+from lowbit.tools.profile.result import build, with_witnesses
 from lowbit.tools.profile.suggest import suggest
+from lowbit.tools.profile.taint import Read
 from lowbit.tools.profile.verdict import LayerVerdict, Verdicts
 
 X = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -115,6 +116,8 @@ def test_the_page_is_complete_and_self_contained(found, tmp_path):
     assert f"{FILE.name}:{line_of('float8 dequantized')}" in text
     assert len(html) < 1_000_000
     assert "script" not in page.tags
+    assert "built-in" not in text
+    assert f"{2 * 256 * 512 / 1e6:.1f} MB" in text, "the copy's size"
     write_report(p, tmp_path / "a.html")
     assert "nan" not in (tmp_path / "a.html").read_text().lower()
 
@@ -180,6 +183,21 @@ def test_allocations_on_a_cpu_are_exact():
 
 def verdict(name, what, **more):
     return LayerVerdict(Layer(name, "Linear", "int8", 1000, 1000, True), what, **more)
+
+
+def test_times_that_recording_distorts_lead_to_no_conclusion():
+    layers = [Layer("a", "Linear", "int8", 1 << 20, 1 << 20, True)]
+    trace = {"traceEvents": [
+        {"ph": "X", "cat": "user_annotation", "name": "lowbit.phase=decode", "ts": 0, "dur": 9, "pid": 1, "tid": 1},
+        {"ph": "X", "cat": "user_annotation", "name": "lowbit.layer=a", "ts": 1, "dur": 7, "pid": 1, "tid": 1},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 2, "dur": 5000, "pid": 1, "tid": 1},
+    ]}  # fmt: skip
+    reads = [Read("a", "aten::mm", None, 1 << 20, 1 << 20, ())]
+    for recorded, rules in ((1.5, ["below-bandwidth"]), (9.0, [])):
+        spans = {"clock": [Span("decode", 10, 11)], "kernels": [Span("decode", 20, 20 + recorded)]}
+        p = build("", {"device": ""}, layers, spans=spans, reads=reads, trace=trace, ceiling_gb_s=100.0)
+        assert p.slowdown == {"decode": recorded}
+        assert [s.rule for s in p.suggestions] == rules
 
 
 def test_two_witnesses_decide_where_the_dispatcher_saw_nothing():

@@ -28,4 +28,4 @@ def find_dequant(
             run()
         else:
             model(*inputs, **keywords)
-    return judge(tracer.found.layers, tracer.reads, tracer.written, tracer.ran)
+    return judge(tracer.found.layers, tracer.reads, tracer.written, tracer.ran, tracer.caches)

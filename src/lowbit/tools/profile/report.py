@@ -114,7 +114,7 @@ def _verdict_row(members: Sequence[Any]) -> dict[str, Any]:
         "verdict": first.verdict.value,
         "colour": VERDICT_COLOURS[first.verdict],
         "why": first.why,
-        "copy": megabytes(first.copy_bytes) if first.copy_bytes else "",
+        "size": megabytes(first.copy_bytes) if first.copy_bytes else "",
         "stack": [str(frame) for frame in first.stack] if first.copy_bytes else [],
         "witnesses": witnesses,
     }
@@ -130,6 +130,7 @@ def _phase_row(p: Profile, phase: str) -> dict[str, Any]:
         "peak": megabytes(memory.peak) if memory else "",
         "allocated": megabytes(memory.allocated) if memory else "",
         "attributed": f"{100 * memory.attributed:.1f} %" if memory else "",
+        "slowdown": f"{p.slowdown[phase]:.1f} x" if phase in p.slowdown else "",
     }
 
 

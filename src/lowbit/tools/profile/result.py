@@ -16,6 +16,8 @@ from lowbit.tools.profile.verdict import LayerVerdict, Verdict, Verdicts, judge
 
 #: Of the JSON file; the number changes when a field changes its meaning.
 SCHEMA = "lowbit-profile/1"
+#: Where recording slows a CPU down by this factor, times of layers are shown, but nothing is concluded from them.
+_DISTORTED = 2.0
 DISPATCH, MEMORY, KERNELS = "dispatcher", "memory", "kernels"
 
 
@@ -40,6 +42,7 @@ class Profile:
         kernels, layers, gaps: where time went.
         ceiling_gb_s: how fast this machine reads memory, measured; None if it was not.
         attributed: share of the recorded time that belongs to a phase.
+        slowdown: how many times longer each phase took while its kernels were recorded.
         tokens: how many the phases had, if the run said.
         error: what ended the run early, or "".
     """
@@ -57,6 +60,7 @@ class Profile:
     suggestions: tuple[Suggestion, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
+    slowdown: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def unfused(self) -> list[LayerVerdict]:
@@ -81,6 +85,7 @@ def build(
     reads: Sequence[Read] = (),
     written: Sequence[tuple[str, Copy]] = (),
     ran: Collection[str] = (),
+    caches: Collection[str] = (),
     events: Sequence[MemoryEvent] = (),
     memory_base: int = 0,
     trace: Mapping[str, Any] | None = None,
@@ -97,7 +102,7 @@ def build(
     """
     calls = k.calls_of(trace) if trace is not None else []
     verdicts = with_witnesses(
-        judge(layers, reads, written, ran),
+        judge(layers, reads, written, ran, caches),
         copies_in_layers(events, layers, set(few_tokens)),
         k.copies_before_products(calls, layers, set(few_tokens)),
     )
@@ -114,9 +119,26 @@ def build(
         attributed=k.attributed(calls),
         tokens=dict(tokens or {}),
         error=error,
+        slowdown=slowdown(spans),
     )
-    return replace(found, suggestions=tuple(suggest(found.verdicts, found.timeline, found.layers, found.gaps,
-                                                    ceiling_gb_s)))  # fmt: skip
+    # A kernel of a GPU takes as long as it takes; operations on a CPU include what recording them costs.
+    on_gpu = bool(found.gaps)
+    layer_times = [t for t in found.layers if on_gpu or found.slowdown.get(t.phase, 1.0) < _DISTORTED]
+    suggestions = suggest(found.verdicts, found.timeline, layer_times, found.gaps, ceiling_gb_s)
+    return replace(found, suggestions=tuple(suggestions))
+
+
+def slowdown(spans: Mapping[str, Sequence[Span]]) -> dict[str, float]:
+    """Time of each phase while kernels were recorded, as a multiple of its time by the clock."""
+
+    def seconds_of(recording: str) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for s in spans.get(recording, ()):
+            sums[s.phase] = sums.get(s.phase, 0.0) + s.seconds
+        return sums
+
+    clock, kernels = seconds_of("clock"), seconds_of("kernels")
+    return {phase: kernels[phase] / seconds for phase, seconds in clock.items() if phase in kernels and seconds > 0}
 
 
 def phase_times(spans: Mapping[str, Sequence[Span]]) -> list[PhaseTime]:
@@ -177,6 +199,7 @@ def document(profile: Profile) -> dict[str, Any]:
         },
         "ceiling_gb_s": profile.ceiling_gb_s,
         "time_attributed": profile.attributed,
+        "slowdown": dict(profile.slowdown),
         "kernels": [vars(x) for x in profile.kernels],
         "layers": [vars(x) for x in profile.layers],
         "gaps": [vars(x) | {"idle": x.idle} for x in profile.gaps],

@@ -98,6 +98,7 @@ def profile(
         reads=p.tracer.reads if p.tracer is not None else (),
         written=p.tracer.written if p.tracer is not None else (),
         ran=p.tracer.ran if p.tracer is not None else (),
+        caches=p.tracer.caches if p.tracer is not None else (),
         events=p.memory_events,
         memory_base=p.memory_base,
         trace=p.trace,

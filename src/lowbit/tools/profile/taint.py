@@ -92,7 +92,8 @@ class _Info:
 
 
 class DequantTracer(TorchDispatchMode):
-    """Records every read of a quantized weight while it is active, every wide copy in `written`, and which modules ran.
+    """Records every read of a quantized weight while it is active, every wide copy in `written`, which modules `ran`,
+    and whose codes are no weight but a cache that the run writes into.
 
     Compiled parts of the model run uncompiled meanwhile.
     """
@@ -106,6 +107,7 @@ class DequantTracer(TorchDispatchMode):
         self.reads: list[Read] = []
         self.written: list[tuple[str, Copy]] = []
         self.ran: set[str] = set()
+        self.caches: set[str] = set()
         self._info: dict[int, _Info] = {}
         self._alive: dict[int, StorageWeakRef] = {}
         self._state = {_key(t) for t in state_tensors(model)}
@@ -155,9 +157,8 @@ class DequantTracer(TorchDispatchMode):
         opaque = isinstance(func, torch._ops.OpOverload) and func.namespace not in _ATOMS
         kernel = kernel_of(op, args) if opaque else ""
         active = active or (not infos and self._is_gradient(inputs))
-        if active:
-            for tensor, info in coded:
-                self._read(op, kernel, tensor, info)
+        if active and coded:
+            self._read(op, kernel, coded)
         result = self._run(func, op, kernel, args, kwargs, inputs) if opaque and coded else func(*args, **kwargs)
         self._colour_results(func, op, opaque, args, kwargs, result, coded, active)
         return result
@@ -179,21 +180,15 @@ class DequantTracer(TorchDispatchMode):
         finally:
             self._inside.pop()
 
-    def _read(self, op: str, kernel: str, tensor: Tensor, info: _Info) -> None:
+    def _read(self, op: str, kernel: str, coded: list[tuple[Tensor, _Info]]) -> None:
+        """One read of each layer that is among the operands: a floating copy before codes, the largest of several."""
         inside, outer_kernel = self._where()
-        for layer in sorted(info.layers):
-            self.reads.append(
-                Read(
-                    layer,
-                    op,
-                    info.copy,
-                    tensor.numel(),
-                    nbytes(tensor),
-                    current_stack(),
-                    inside,
-                    kernel or outer_kernel,
-                )
-            )
+        operands: dict[str, tuple[Tensor, _Info]] = {}
+        for tensor, info in sorted(coded, key=_weight_of_operand):
+            operands |= dict.fromkeys(info.layers, (tensor, info))
+        stack = current_stack()
+        for layer, (t, info) in operands.items():
+            self.reads.append(Read(layer, op, info.copy, t.numel(), nbytes(t), stack, inside, kernel or outer_kernel))
 
     def _where(self) -> tuple[str, str]:
         """The library's operation that runs, and its kernel."""
@@ -213,6 +208,8 @@ class DequantTracer(TorchDispatchMode):
         for tensor in {id(t): t for t in (*_tensors(result), *written)}.values():
             old = self._of(tensor)
             if old is not None and old.source:
+                if active and any(t is tensor for t in written):
+                    self.caches |= old.layers
                 continue
             if active:
                 self._colour(tensor, _Info(Colour.ACTIVE))
@@ -246,6 +243,11 @@ class DequantTracer(TorchDispatchMode):
         self._info[key] = info
         # Holds the storage's address, not its memory: no later storage can be taken for this one.
         self._alive.setdefault(key, StorageWeakRef(tensor.untyped_storage()))
+
+
+def _weight_of_operand(operand: tuple[Tensor, _Info]) -> tuple[bool, bool, int]:
+    tensor, info = operand
+    return info.copy is not None, info.copy is not None and info.copy.floating, tensor.numel()
 
 
 def kernel_of(op: str, args: Any) -> str:

@@ -114,12 +114,17 @@ def groups(layers: Sequence[LayerVerdict]) -> list[list[LayerVerdict]]:
 
 
 def judge(
-    layers: Iterable[Layer], reads: Iterable[Read], written: Iterable[tuple[str, Copy]], ran: Collection[str] = ()
+    layers: Iterable[Layer],
+    reads: Iterable[Read],
+    written: Iterable[tuple[str, Copy]],
+    ran: Collection[str] = (),
+    caches: Collection[str] = (),
 ) -> Verdicts:
     """The verdict on every layer. Pure: the same events give the same verdicts.
 
     Args:
         ran: names of the modules that ran.
+        caches: modules whose codes the run itself wrote, so that they are no weights.
     """
     by_layer: dict[str, list[Read]] = {}
     for read in reads:
@@ -129,6 +134,8 @@ def judge(
         copied[name] = copied.get(name, 0) + copy.bytes
     out = []
     for layer in layers:
+        if layer.name in caches:
+            continue
         seen = by_layer.get(layer.name, [])
         out.append(_judge(layer, seen, copied.get(layer.name, 0), any(n in ran for n in (layer.name, *layer.also))))
     return Verdicts(tuple(out))
