@@ -16,11 +16,11 @@ from torch import nn
 from lowbit.cli.output import FAILED, OK, Debug, Device, Dtype, Json, Model, command, emit_json, say, stdout
 from lowbit.cli.weights import Config, quantize_as_asked
 from lowbit.errors import see
-from lowbit.models.llama import Llama
 from lowbit.specs import parse_config
 from lowbit.tools.page import require_packages
 from lowbit.tools.profile import Files, Profile, document
 from lowbit.tools.profile import profile as profile_model
+from lowbit.tools.profile.language import RECORDED, reads_and_generates
 from lowbit.tools.profile.report import megabytes, seconds, write_json, write_report
 from lowbit.tools.profile.session import Phase
 from lowbit.tools.profile.verdict import Verdict, groups
@@ -76,18 +76,6 @@ def profile(
                 quantize_as_asked(source, loaded, rules_for(loaded, config), device)
         return loaded
 
-    def run(loaded: nn.Module, phase: Phase) -> None:
-        assert isinstance(loaded, Llama)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(loaded.config.vocab_size, (1, prompt_tokens), generator=generator).to(device)
-        with torch.inference_mode():
-            with phase("prefill"):
-                cache = loaded.new_cache(1, prompt_tokens + new_tokens)
-                logits = loaded(ids, cache, 0, last_only=True)
-            with phase("decode"):
-                for i in range(new_tokens):
-                    logits = loaded(logits[:, -1].argmax(-1, keepdim=True), cache, prompt_tokens + i)
-
     cuda = torch.device(device).type == "cuda"
     files = Files(
         html.with_suffix(".trace.json.gz") if html is not None else None,
@@ -95,7 +83,11 @@ def profile(
     )
     title = f"{source.name} {config}" if config is not None else source.name
     tokens = {"prefill": prompt_tokens, "decode": new_tokens}
-    found = profile_model(load, run, device=device, title=title, tokens=tokens, files=files)
+    found = profile_model(
+        load, reads_and_generates(prompt_tokens, new_tokens), device=device, title=title, tokens=tokens, files=files,
+        recorded=reads_and_generates(prompt_tokens, min(new_tokens, RECORDED)),
+        recorded_tokens=tokens | {"decode": min(new_tokens, RECORDED)},
+    )  # fmt: skip
     written = []
     if html is not None:
         write_report(found, html)

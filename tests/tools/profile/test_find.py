@@ -215,6 +215,10 @@ def test_a_shared_weight_is_one_layer():
     lowbit.quantize_(model, "int8wo")
     found = only(model)
     assert (found.layer.name, found.layer.also, found.calls) == ("0", ("1",), 2)
+    tied = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    tied[1].weight = tied[0].weight
+    (layer,) = find_layers(tied).layers
+    assert (layer.name, layer.also, layer.lookups) == ("0", ("1",), ("0",))
 
 
 def test_parametrized_weights():

@@ -94,6 +94,8 @@ def test_sums():
     assert l0.share == l0.gb_s / 100
     assert l1.gb_s == pytest.approx(200 / 5e-6 / 1e9)
     assert layer_times(calls, LAYERS)[0].share is None
+    table = Layer("l0", "Embedding", "bf16", 10, 20, False, ("head",), ("l0",))
+    assert layer_times(calls, [table]) == [], "a lookup does not read the table"
 
 
 def test_kernels_belong_to_what_launched_them():

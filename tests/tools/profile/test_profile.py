@@ -16,7 +16,7 @@ from lowbit.tools.profile.kernels import Gaps, LayerTime
 from lowbit.tools.profile.layers import Layer
 from lowbit.tools.profile.memory import Span, Timeline
 from lowbit.tools.profile.report import render, write_json, write_report
-from lowbit.tools.profile.result import build, with_witnesses
+from lowbit.tools.profile.result import build, slowdown, with_witnesses
 from lowbit.tools.profile.suggest import suggest
 from lowbit.tools.profile.taint import Read
 from lowbit.tools.profile.verdict import LayerVerdict, Verdicts
@@ -198,6 +198,9 @@ def test_times_that_recording_distorts_lead_to_no_conclusion():
         p = build("", {"device": ""}, layers, spans=spans, reads=reads, trace=trace, ceiling_gb_s=100.0)
         assert p.slowdown == {"decode": recorded}
         assert [s.rule for s in p.suggestions] == rules
+    assert slowdown(spans, {"decode": 30}, {"decode": 10}) == {"decode": 27.0}, (
+        "a third of the tokens took 9 times as long"
+    )
 
 
 def test_two_witnesses_decide_where_the_dispatcher_saw_nothing():

@@ -185,8 +185,9 @@ def kernels_by_time(calls: Iterable[Call], limit: int = 20) -> list[KernelTime]:
 
 
 def layer_times(calls: Iterable[Call], layers: Sequence[Layer], ceiling_gb_s: float | None = None) -> list[LayerTime]:
-    """Time of each layer in each phase, and the speed at which it got its weight."""
-    known = {name: layer for layer in layers for name in (layer.name, *layer.also)}
+    """Time of each layer in each phase, and the speed at which it got its weight; without lookups, which read a few
+    rows of theirs."""
+    known = {name: layer for layer in layers for name in (layer.name, *layer.also) if name not in layer.lookups}
     sums: dict[tuple[str, str], float] = {}
     instances: dict[tuple[str, str], set[int]] = {}
     for c in calls:

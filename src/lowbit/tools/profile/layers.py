@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,14 @@ class Layer:
     """A module that has a weight.
 
     Attributes:
-        name: of the module; the other names of a shared weight are in `also`.
+        name: of the module.
         kind: class of the module.
         scheme: how the weight is stored, in words; its dtype if it is not quantized.
         elements: number of weights; of packed codes whose module does not tell its sizes, the least it can be.
         stored_bytes: bytes of everything that is stored for the weight, scales included.
         quantized: whether it is.
+        also: other names of a shared weight.
+        lookups: those of its names that are embeddings, which read only the rows that are asked for.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Layer:
     stored_bytes: int
     quantized: bool
     also: tuple[str, ...] = ()
+    lookups: tuple[str, ...] = ()
 
     @property
     def bits(self) -> float:
@@ -72,10 +75,13 @@ def find_layers(model: nn.Module) -> Found:
         layer, codes = _examine(name, module, tensors)
         if layer is None:
             continue
+        if isinstance(module, nn.Embedding):
+            layer = replace(layer, lookups=(name,))
         key = codes[0].untyped_storage()._cdata if codes else id(tensors["weight"])
         if key in owners:
             first = found.layers[owners[key]]
-            found.layers[owners[key]] = Layer(**{**vars(first), "also": (*first.also, name)})
+            both = replace(first, also=(*first.also, name), lookups=first.lookups + layer.lookups)
+            found.layers[owners[key]] = both
             continue
         owners[key] = len(found.layers)
         found.layers.append(layer)

@@ -110,7 +110,7 @@ class Profiler:
         self.tracer: DequantTracer | None = None
         self.memory_base = 0
         self.memory_events: list[MemoryEvent] = []
-        self.trace: dict[str, Any] = {"traceEvents": []}
+        self._trace = b'{"traceEvents": []}'
         self.snapshot: dict[str, Any] | None = None
         self._model: nn.Module | None = None
         self._phase, self._layers, self._recording = "", list[tuple[str, Any]](), ""
@@ -255,7 +255,8 @@ class Profiler:
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with self._record("kernels"), self.layers():
-            recording = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
+            # Shapes are a witness on a CPU; kernels of a GPU tell theirs by how many threads they have.
+            recording = torch.profiler.profile(activities=activities, record_shapes=self.device.type == "cpu")
             try:
                 with recording:
                     yield
@@ -263,12 +264,17 @@ class Profiler:
                 with tempfile.TemporaryDirectory() as directory:
                     file = Path(directory) / "trace.json"
                     recording.export_chrome_trace(str(file))
-                    self.trace = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+                    self._trace = file.read_bytes()
+
+    @property
+    def trace(self) -> dict[str, Any]:
+        """The Chrome trace that `kernels` recorded."""
+        return json.loads(self._trace.decode("utf-8", errors="replace"))  # type: ignore[no-any-return]
 
     def write_trace(self, file: Path) -> None:
         """The Chrome trace, for Perfetto; compressed if the name ends in `.gz`."""
-        data = json.dumps(self.trace).encode()
-        file.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
+        packed = file.suffix == ".gz"
+        file.write_bytes(gzip.compress(self._trace, compresslevel=4, mtime=0) if packed else self._trace)
 
 
 def _tell_allocator(note: str) -> None:

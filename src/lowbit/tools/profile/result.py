@@ -92,6 +92,7 @@ def build(
     ceiling_gb_s: float | None = None,
     few_tokens: Sequence[str] = ("decode",),
     tokens: Mapping[str, int] | None = None,
+    recorded_tokens: Mapping[str, int] | None = None,
     error: str = "",
 ) -> Profile:
     """Join what was recorded. Pure.
@@ -119,7 +120,7 @@ def build(
         attributed=k.attributed(calls),
         tokens=dict(tokens or {}),
         error=error,
-        slowdown=slowdown(spans),
+        slowdown=slowdown(spans, tokens or {}, recorded_tokens or {}),
     )
     # A kernel of a GPU takes as long as it takes; operations on a CPU include what recording them costs.
     on_gpu = bool(found.gaps)
@@ -128,8 +129,11 @@ def build(
     return replace(found, suggestions=tuple(suggestions))
 
 
-def slowdown(spans: Mapping[str, Sequence[Span]]) -> dict[str, float]:
-    """Time of each phase while kernels were recorded, as a multiple of its time by the clock."""
+def slowdown(
+    spans: Mapping[str, Sequence[Span]], tokens: Mapping[str, int], recorded_tokens: Mapping[str, int]
+) -> dict[str, float]:
+    """Time of each phase while kernels were recorded, as a multiple of its time by the clock; per token, where the
+    recorded run had fewer of them."""
 
     def seconds_of(recording: str) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -138,7 +142,11 @@ def slowdown(spans: Mapping[str, Sequence[Span]]) -> dict[str, float]:
         return sums
 
     clock, kernels = seconds_of("clock"), seconds_of("kernels")
-    return {phase: kernels[phase] / seconds for phase, seconds in clock.items() if phase in kernels and seconds > 0}
+    out = {}
+    for phase in (name for name in clock if name in kernels):
+        fewer = tokens[phase] / recorded_tokens[phase] if recorded_tokens.get(phase) and phase in tokens else 1.0
+        out[phase] = kernels[phase] * fewer / clock[phase]
+    return out
 
 
 def phase_times(spans: Mapping[str, Sequence[Span]]) -> list[PhaseTime]:
@@ -208,7 +216,8 @@ def document(profile: Profile) -> dict[str, Any]:
 
 def _verdict(v: LayerVerdict) -> dict[str, Any]:
     where: Frame | None = v.where
-    layer = vars(v.layer) | {"also": list(v.layer.also), "bits_per_weight": v.layer.bits}
+    layer = vars(v.layer) | {"also": list(v.layer.also), "lookups": list(v.layer.lookups)}
+    layer |= {"bits_per_weight": v.layer.bits}
     return vars(v) | {
         "layer": layer, "verdict": v.verdict.value, "stack": _stack(v.stack), "witnesses": dict(v.witnesses),
         "where": str(where) if where is not None else None,

@@ -40,6 +40,8 @@ def profile(
     title: str = "",
     few_tokens: Sequence[str] = ("decode",),
     tokens: Mapping[str, int] | None = None,
+    recorded: Callable[[nn.Module, Phase], Any] | None = None,
+    recorded_tokens: Mapping[str, int] | None = None,
     files: Files | None = None,
 ) -> Profile:
     """Run `run` four times, each time watching something else, and join what was seen.
@@ -62,12 +64,14 @@ def profile(
         title: what the profile is called; default: the class of the model.
         few_tokens: phases with so few tokens that a block or a kernel of a weight's size is no activation.
         tokens: how many tokens each phase has, for the report.
+        recorded: a shorter `run` for the runs that are recorded, whose every operation costs time and space, and its
+            `recorded_tokens`. The time of phases is that of `run`.
         files: raw recordings to write.
 
     Returns:
         The profile. If memory ran out it has what was recorded until then, and `error` says so.
     """
-    files = files or Files()
+    files, recorded = files or Files(), recorded or run
     if device is None:
         tensors = state_tensors(model) if isinstance(model, nn.Module) else iter(())
         device = next((t.device for t in tensors), torch.device("cpu"))
@@ -79,13 +83,13 @@ def profile(
                 loaded = model if isinstance(model, nn.Module) else model(p.phase)
                 p.watch(loaded)
                 with p.dequant():
-                    run(loaded, p.phase)
+                    recorded(loaded, p.phase)
             with p.warm_up():
                 run(loaded, p.phase)
             with p.clock():
                 run(loaded, p.phase)
             with p.kernels():
-                run(loaded, p.phase)
+                recorded(loaded, p.phase)
     except torch.OutOfMemoryError as caught:
         error = f"out of memory: {str(caught).splitlines()[0]}"
     if files.trace is not None:
@@ -105,6 +109,7 @@ def profile(
         ceiling_gb_s=None if error else read_ceiling(p.device),
         few_tokens=few_tokens,
         tokens=tokens,
+        recorded_tokens=recorded_tokens,
         error=error,
     )
 

@@ -81,7 +81,8 @@ class Verdicts:
     def summary(self) -> str:
         """One line: how many layers there are of each verdict."""
         if not self.quantized:
-            return f"nothing is quantized: {len(self.layers)} layers, all in floating point"
+            found = f"{len(self.layers)} layers, all in floating point" if self.layers else "no layer has a weight"
+            return f"nothing is quantized: {found}"
         counts = {v: len(self.of(v)) for v in Verdict}
         return ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
 
