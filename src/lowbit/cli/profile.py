@@ -69,8 +69,9 @@ def profile(
         html.parent.mkdir(parents=True, exist_ok=True)
 
     def load(phase: Phase) -> nn.Module:
-        with phase("load"):
+        with phase("load") as count:
             loaded = source.model(parse_dtype(dtype), device)
+            count(loaded)
         if config is not None:
             with phase("quantize"):
                 quantize_as_asked(source, loaded, rules_for(loaded, config), device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dequantizing import FILE, Float8Layer, line_of
 from html_page import check_self_contained, parse
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
@@ -176,6 +177,27 @@ def test_allocations_on_a_cpu_are_exact():
     del kept, other
     assert [(e.phase, e.bytes) for e in p.memory_events] == [("a", 4000), ("a", 500), ("a", -500), ("b", 4000)]
     assert {e.stack[0].function for e in p.memory_events if e.bytes > 0} == {"test_allocations_on_a_cpu_are_exact"}
+
+
+def test_weights_that_no_operation_made_are_counted(tmp_path):
+    save_file({"weight": torch.ones(64, 64)}, tmp_path / "w.safetensors")
+    p = Profiler()
+    with p.memory(), p.phase("load") as count:
+        layer = nn.Linear(64, 64, bias=False, device="meta")
+        layer.load_state_dict(load_file(tmp_path / "w.safetensors"), assign=True)
+        count(layer)
+        count(layer)
+    assert [(e.phase, e.bytes) for e in p.memory_events] == [("load", 64 * 64 * 4)]
+
+
+def test_compiled_parts_have_no_hooks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].compile(backend="eager")
+    model[2] = torch.compile(model[2], backend="eager")
+    p = Profiler()
+    p.watch(model)
+    with p.layers():
+        assert [bool(m._forward_hooks) for m in (model[0], model[1], model[2]._orig_mod)] == [True, False, False]
 
 
 # Pure joins --------------------------------------------------------------------------------------

@@ -119,8 +119,12 @@ class Profiler:
     # Phases and layers ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to this phase; the same name may come again."""
+    def phase(self, name: str) -> Iterator[Callable[[nn.Module], None]]:
+        """What runs inside belongs to this phase; the same name may come again.
+
+        Yields a function that counts a model's tensors to this phase, for weights that no operation made, as those that
+        a file maps into memory.
+        """
         if self._recording == "warm-up":
             name = "warm-up"
         outer, self._phase = self._phase, name
@@ -129,7 +133,7 @@ class Profiler:
         start = time.time()
         try:
             with record_function(PHASE + name):
-                yield
+                yield self._adopt
                 synchronize(self.device)
         finally:
             self.spans.setdefault(self._recording, []).append(Span(name, start, time.time()))
@@ -139,6 +143,9 @@ class Profiler:
     def watch(self, model: nn.Module) -> None:
         """Tell the layers of this model apart from now on. Call it when they are quantized."""
         self._model, self.found = model, find_layers(model)
+        self._adopt(model)
+
+    def _adopt(self, model: nn.Module) -> None:
         if self._tracker is not None:
             self._tracker.adopt(state_tensors(model))
 
@@ -286,7 +293,7 @@ def _tell_allocator(note: str) -> None:
 
 def _uncompiled(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules by name, but for those inside of a compiled one."""
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         return
     yield prefix, model
     for name, child in model.named_children():

@@ -21,7 +21,7 @@ from lowbit.tools.timing import read_calls, synchronize, turn_of, warm_up
 
 #: Bytes whose reading is the ceiling: more than caches hold, as the weights of a model are.
 _CEILING_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
-Phase = Callable[[str], AbstractContextManager[None]]
+Phase = Callable[[str], AbstractContextManager[Callable[[nn.Module], None]]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def profile(
     time of the phases; kernels and operations.
 
     Args:
-        model: the model, or a function that loads it and marks its own phases.
+        model: the model, or a function that loads it and marks its own phases; `with phase("load") as count:
+            count(model)` makes weights that a file maps into memory part of that phase.
         run: the work, marked with phases; `phase(name)` is a context manager.
         device: where the model runs; default: where it is, or the CPU for one that is yet to be loaded.
         title: what the profile is called; default: the class of the model.
