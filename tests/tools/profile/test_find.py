@@ -169,6 +169,14 @@ def test_kernels_outside_of_the_dispatcher_read_codes():
     assert find_dequant(Launched(128, 64), run=lambda: None).layers[0].verdict is Verdict.NOT_RUN
 
 
+def test_sparse_tensors_are_no_obstacle():
+    class Sparse(Float8Layer):
+        def forward(self, x):
+            return super().forward(torch.sparse.mm(torch.eye(len(x)).to_sparse(), x.float()).bfloat16())
+
+    assert only(Sparse(128, 64)).verdict is Verdict.UNFUSED
+
+
 def test_a_quantized_cache_is_no_weight():
     class Cache(nn.Module):
         def __init__(self):

@@ -122,6 +122,8 @@ def test_a_copy_before_a_product_is_a_witness():
     fused = gpu_trace()
     fused["traceEvents"][5]["args"]["grid"] = [8, 1, 1]
     assert copies_before_products(calls_of(fused), LAYERS, {"decode"}) == {"l0": False}, "only an activation is copied"
+    tied = [Layer("first", "Linear", "int8", 1 << 20, 1 << 20, True, ("l0",))]
+    assert copies_before_products(calls_of(cpu_trace()), tied, {"decode"}) == {"first": True}
     after = cpu_trace()
     after["traceEvents"][5]["ts"] = 10.5
     after["traceEvents"][5]["dur"] = 0.2

@@ -235,7 +235,7 @@ def copies_before_products(calls: Iterable[Call], layers: Iterable[Layer], phase
 
     Only to be asked about phases with few tokens: for many, activations are as large.
     """
-    known = {layer.name: layer for layer in layers if layer.quantized}
+    known = {name: layer for layer in layers if layer.quantized for name in (layer.name, *layer.also)}
     runs: dict[tuple[str, int], list[Call]] = {}
     for c in calls:
         if c.layer in known and c.phase in phases:
@@ -246,7 +246,8 @@ def copies_before_products(calls: Iterable[Call], layers: Iterable[Layer], phase
         for c in members:
             copied = copied or (_is_pointwise(c) and c.elements >= SHARE * known[name].elements)
             found = found or (copied and _is_product(c))
-        out[name] = out.get(name, False) or found
+        first = known[name].name
+        out[first] = out.get(first, False) or found
     return out
 
 

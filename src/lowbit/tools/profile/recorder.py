@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lowbit.tools.profile.kernels import LAYER, PHASE
 from lowbit.tools.profile.layers import Found, find_layers, state_tensors
 from lowbit.tools.profile.memory import MemoryEvent, Span, snapshot_events
 from lowbit.tools.profile.stacks import current_stack
-from lowbit.tools.profile.taint import DequantTracer, is_subclass
+from lowbit.tools.profile.taint import DequantTracer, is_subclass, plain_tensors
 from lowbit.tools.timing import synchronize
 
 #: Entries of CUDA's allocator history; the oldest are lost beyond them.
@@ -57,10 +56,9 @@ class AllocationTracker(TorchDispatchMode):
         if any(is_subclass(t) for t in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not is_subclass(type(t))]
+        made = plain_tensors(result)
         if made:
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
-                     if isinstance(t, Tensor) and not is_subclass(type(t))}  # fmt: skip
+            given = {t.untyped_storage()._cdata for t in plain_tensors((args, kwargs))}
             for tensor in made:
                 if tensor.untyped_storage()._cdata not in given:
                     self._add(tensor)

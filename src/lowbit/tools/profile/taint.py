@@ -136,7 +136,7 @@ class DequantTracer(TorchDispatchMode):
 
     def _mark_inputs(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.ran.add(name)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in plain_tensors((args, kwargs)):
             if _key(tensor) not in self._state and self._of(tensor) is None:
                 self._colour(tensor, _Info(Colour.ACTIVE))
 
@@ -148,7 +148,7 @@ class DequantTracer(TorchDispatchMode):
             return NotImplemented  # the subclass says what it is made of, and its parts come here
         op = _name(func)
         overwritten = _overwritten(func, op, args, kwargs)
-        inputs = [t for t in _tensors((args, kwargs)) if not any(t is o for o in overwritten)]
+        inputs = [t for t in plain_tensors((args, kwargs)) if not any(t is o for o in overwritten)]
         infos = [(t, i) for t in inputs if (i := self._of(t)) is not None]
         if _SHAPED_LIKE.fullmatch(op):
             return func(*args, **kwargs)
@@ -205,7 +205,7 @@ class DequantTracer(TorchDispatchMode):
             return
         before = {_key(t) for t, _ in coded}
         written = _written(func, args, kwargs)
-        for tensor in {id(t): t for t in (*_tensors(result), *written)}.values():
+        for tensor in {id(t): t for t in (*plain_tensors(result), *written)}.values():
             old = self._of(tensor)
             if old is not None and old.source:
                 if active and any(t is tensor for t in written):
@@ -278,8 +278,10 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not is_subclass(type(t))]
+def plain_tensors(values: Any) -> list[Tensor]:
+    """The tensors among nested values that have a storage: no subclasses, no sparse ones."""
+    found = (t for t in tree_leaves(values) if isinstance(t, Tensor) and not is_subclass(type(t)))
+    return [t for t in found if t.layout is torch.strided]
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
@@ -295,10 +297,10 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     written = (v for a, v in _arguments(func, args, kwargs) if a.alias_info is not None and a.alias_info.is_write)
-    return [t for value in written for t in _tensors(value)]
+    return [t for value in written for t in plain_tensors(value)]
 
 
 def _overwritten(func: Any, op: str, args: Any, kwargs: Any) -> list[Tensor]:
     if op in _OVERWRITE:
         return _written(func, args, kwargs)
-    return [t for a, value in _arguments(func, args, kwargs) if a.is_out for t in _tensors(value)]
+    return [t for a, value in _arguments(func, args, kwargs) if a.is_out for t in plain_tensors(value)]
