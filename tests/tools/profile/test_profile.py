@@ -200,6 +200,33 @@ def test_compiled_parts_have_no_hooks():
         assert [bool(m._forward_hooks) for m in (model[0], model[1], model[2]._orig_mod)] == [True, False, False]
 
 
+def test_on_a_gpu_the_allocator_is_asked(monkeypatch, tmp_path):
+    """The calls to CUDA's allocator and what becomes of its answer; the allocator itself is played here."""
+    calls, notes = [], []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 500)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryMetadata", notes.append, raising=False)
+    monkeypatch.setattr(memory, "_record_memory_history", lambda *args, **kwargs: calls.append(args[0]))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda name: calls.append(name))
+
+    def snapshot():
+        alloc = {"action": "alloc", "addr": 1, "size": 64, "time_us": 10, "frames": [], "user_metadata": notes[-3]}
+        return {"device_traces": [[alloc]]}
+
+    monkeypatch.setattr(memory, "_snapshot", snapshot)
+    model = nn.Sequential(Float8Layer(64, 64))
+    p = Profiler("cuda:0")
+    p.watch(model)
+    with p.memory(tmp_path / "s.pickle"), p.layers(), p.phase("decode"):
+        model(X[:1, :64])
+    assert calls == ["all", str(tmp_path / "s.pickle"), None]
+    assert notes == ["phase=decode;layer=", "phase=decode;layer=0", "phase=decode;layer=", "phase=;layer=", ""]
+    (event,) = p.memory_events
+    assert (event.bytes, event.phase, event.layer) == (64, "decode", "0")
+    assert p.memory_base == 500
+
+
 # Pure joins --------------------------------------------------------------------------------------
 
 
