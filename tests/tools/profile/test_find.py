@@ -169,6 +169,16 @@ def test_kernels_outside_of_the_dispatcher_read_codes():
     assert find_dequant(Launched(128, 64), run=lambda: None).layers[0].verdict is Verdict.NOT_RUN
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_models_that_run_as_functions(mode):
+    packed, copied = quantized("int4wo-32")[0], Float8Layer(128, 64)
+    with mode():
+        found = find_dequant(packed, run=lambda: F.linear(X, packed.weight))
+        assert [v.verdict for v in found.layers] == [Verdict.FUSED]
+        found = find_dequant(copied, run=lambda: X @ copied.dequantize(X.dtype).t())
+        assert [v.verdict for v in found.layers] == [Verdict.UNFUSED]
+
+
 def test_sparse_tensors_are_no_obstacle():
     class Sparse(Float8Layer):
         def forward(self, x):

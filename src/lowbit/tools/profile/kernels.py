@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.tools.profile.layers import Layer
-from lowbit.tools.profile.verdict import PRODUCTS, SHARE
+from lowbit.tools.profile.taint import PRODUCTS
+from lowbit.tools.profile.verdict import SHARE
 
 PHASE, LAYER = "lowbit.phase=", "lowbit.layer="
 _GEMM = re.compile(r"gemm|gemv|nvjet|cutlass|_mm_|splitK|cublas|scaled_mm|weight_only|wgmma|small_m", re.IGNORECASE)

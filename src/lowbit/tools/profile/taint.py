@@ -35,6 +35,11 @@ from lowbit.tools.profile.stacks import Stack, current_stack
 #: Namespaces whose operations are PyTorch's own and have no inside to look at.
 _ATOMS = {"aten", "prims", "prim", "profiler", "c10d", "_c10d_functional", "inductor"}
 _BACKENDS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+#: Operations that multiply matrices, without their namespace.
+PRODUCTS = {
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "einsum", "mv", "addmv", "convolution", "conv1d",
+    "conv2d", "conv3d", "_scaled_mm", "_int_mm", "_grouped_mm", "_scaled_grouped_mm",
+}  # fmt: skip
 #: Operations that write their first argument without reading it.
 _OVERWRITE = {"aten::copy_", "aten::fill_", "aten::zero_"}
 #: Operations that take a tensor for its shape alone.
@@ -156,7 +161,7 @@ class DequantTracer(TorchDispatchMode):
         active = any(i.colour is Colour.ACTIVE for _, i in infos)
         opaque = isinstance(func, torch._ops.OpOverload) and func.namespace not in _ATOMS
         kernel = kernel_of(op, args) if opaque else ""
-        active = active or (not infos and self._is_gradient(inputs))
+        active = active or (not infos and self._is_gradient(inputs)) or (bool(coded) and self._meets_input(op, inputs))
         if active and coded:
             self._read(op, kernel, coded)
         result = self._run(func, op, kernel, args, kwargs, inputs) if opaque and coded else func(*args, **kwargs)
@@ -167,6 +172,12 @@ class DequantTracer(TorchDispatchMode):
         """Whether these are tensors that autograd made, which no module was given."""
         backward = torch._C._current_graph_task_id() != -1 and not self._inside
         return backward and bool(inputs) and not any(_key(t) in self._state for t in inputs)
+
+    def _meets_input(self, op: str, inputs: list[Tensor]) -> bool:
+        """Whether a product multiplies something that is neither the model's nor made of it: an input that no module
+        was given, because the model runs as functions on its weights."""
+        product = op == "lowbit::linear" or op.partition("::")[2].rstrip("_") in PRODUCTS
+        return product and any(t.dim() > 1 and self._of(t) is None and _key(t) not in self._state for t in inputs)
 
     def _run(self, func: Any, op: str, kernel: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
         """The kernel of a library's operation, under this mode."""

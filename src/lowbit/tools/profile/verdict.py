@@ -8,17 +8,12 @@ from enum import Enum
 
 from lowbit.tools.profile.layers import Layer
 from lowbit.tools.profile.stacks import Frame, Stack
-from lowbit.tools.profile.taint import Copy, Read
+from lowbit.tools.profile.taint import PRODUCTS, Copy, Read
 
 #: The memory contract's workspace: pieces of a weight that are dequantized one after the other stay below it.
 WORKSPACE_BYTES = 64 << 20
 #: A copy with this share of a weight's elements counts as a copy of the weight.
 SHARE = 0.5
-#: Operations that multiply matrices, without their namespace.
-PRODUCTS = {
-    "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "einsum", "mv", "addmv", "convolution", "conv1d",
-    "conv2d", "conv3d", "_scaled_mm", "_int_mm", "_grouped_mm", "_scaled_grouped_mm",
-}  # fmt: skip
 
 
 class Verdict(Enum):
