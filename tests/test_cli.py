@@ -19,7 +19,7 @@ from lowbit.specs import EXAMPLES
 from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
 
 COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "warmup",
-            "doctor", "bench linear", "bench generate")  # fmt: skip
+            "profile", "doctor", "bench linear", "bench generate")  # fmt: skip
 SMALL = ("--tokens", "100", "--window", "50")
 
 

@@ -28,7 +28,7 @@ BELOW: dict[str, tuple[str, ...]] = {
 MIDDLE = ("lowbit.quantize", "lowbit.calibrate", "lowbit.checkpoint", "lowbit.checkpoints", "lowbit.configs",
           "lowbit.specs", "lowbit.report", "lowbit.explain", "lowbit.warmup", "lowbit.models",
           "lowbit.attention")  # fmt: skip
-TOP = ("lowbit.tools", "lowbit.integrations", "lowbit.cli", "lowbit.__main__")
+TOP = ("lowbit.tools", "lowbit.testing", "lowbit.integrations", "lowbit.cli", "lowbit.__main__")
 # What `pip install lowbit` does not bring.
 EXTRAS = {"triton", "typer", "rich", "tqdm", "jinja2", "matplotlib", "tokenizers", "gguf", "transformers", "torchao",
           "vllm", "diffusers", "pandas", "scipy", "cuda", "cupy"}  # fmt: skip

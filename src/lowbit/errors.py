@@ -30,7 +30,7 @@ PAGES: dict[str, str] = {
     "no-kernel": "No kernel takes this matmul, or the one asked for by name does not.",
     "no-layer-selected": "`filter_fn` chose no layer, so nothing would be quantized.",
     "nonfinite-weight": "A weight holds NaN or Inf.",
-    "nothing-quantized": "`explain` or `warmup` was given a model without quantized linear layers.",
+    "nothing-quantized": "`explain`, `warmup` or `assert_no_dequant` was given a model without quantized layers.",
     "op-not-defined": "A PyTorch operation was called on a quantized weight that cannot be done on packed codes.",
     "reference-mismatch": "A model was compared with a reference that was made from another text.",
     "rule-without-match": "A rule names no layer of the model.",

@@ -7,6 +7,7 @@ import typer
 from lowbit.cli import language, machine, weights
 from lowbit.cli.bench import bench
 from lowbit.cli.bench_generate import generate as _  # noqa: F401 (adds its command to bench)
+from lowbit.cli.profile import profile
 
 app = typer.Typer(
     name="lowbit",
@@ -34,13 +35,13 @@ def root(
     """Quantize language models, prove what it costs, and run them.
 
     MODEL is a Hugging Face directory, a .gguf file, a directory that `lowbit quantize` wrote, or the word demo.
-    Exit codes: 0 ok, 1 what was asked for failed, 2 bad input.
+    Exit codes: 0 ok, 1 what was asked for failed, 2 bad input, 3 what --fail-on names was found.
     """
 
 
 for function in (
     machine.demo, weights.quantize, weights.verify, weights.load, language.generate, language.eval_, weights.inspect,
-    weights.explain, weights.warmup, machine.doctor,
+    weights.explain, weights.warmup, profile, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)
 app.add_typer(bench, name="bench")

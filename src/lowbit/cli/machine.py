@@ -91,7 +91,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Quantize a real language model in every weight format, measure what it costs, and hear it speak."""
-    from lowbit.tools.report import require_packages, write_report
+    from lowbit.tools.page import require_packages
+    from lowbit.tools.report import write_report
 
     require_packages()
     console = stderr() if as_json else stdout()

@@ -1,32 +1,16 @@
-"""The demo's result as one HTML file that needs nothing else, and as JSON.
-
-Plots are SVG inside the page. They are drawn in stand-in colours that become the page's CSS variables, so that they
-follow its light and dark themes.
-"""
+"""The demo's result as one HTML file that needs nothing else, and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import io
 import json
 import math
-import re
 import statistics
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowbit.errors import see
 from lowbit.tools.demo import DemoResult, DemoRow
-
-#: Stand-in colours of the plots and the CSS variables that replace them.
-_VARIABLES = {
-    "#010101": "--text", "#020202": "--muted", "#030303": "--line", "#040404": "--float", "#050505": "--int",
-    "#060606": "--block", "#070707": "--table", "#080808": "--original", "#090909": "--card",
-}  # fmt: skip
-_COLOURS = {name: colour for colour, name in _VARIABLES.items()}
-_PACKAGES = ("jinja2", "matplotlib")
+from lowbit.tools.page import COLOURS, figure, finite, render_template, svg
 
 
 class Family(NamedTuple):
@@ -49,23 +33,10 @@ def family(row: DemoRow) -> Family:
     return next((f for start, f in _FAMILIES if row.config.startswith(start)), INTEGER)
 
 
-def require_packages() -> None:
-    """Say what is missing before minutes of measuring, not after.
-
-    Raises:
-        ImportError: jinja2 or matplotlib is not installed.
-    """
-    missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ImportError(
-            f"the report needs {' and '.join(missing)}; pip install 'lowbit[cli]'" + see("missing-package")
-        )
-
-
 def write_report(result: DemoResult, html: Path, data: Path) -> None:
     """Write both files. JSON has no NaN or Inf: they are null."""
     html.write_text(render(result), encoding="utf-8")
-    data.write_text(json.dumps(_finite(dataclasses.asdict(result)), indent=1) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(finite(dataclasses.asdict(result)), indent=1) + "\n", encoding="utf-8")
 
 
 def render(result: DemoResult) -> str:
@@ -75,17 +46,11 @@ def render(result: DemoResult) -> str:
         ImportError: jinja2 or matplotlib is not installed.
         ValueError: the result has no rows.
     """
-    require_packages()
-    from jinja2 import Environment, StrictUndefined
-
     if not result.rows:
         raise ValueError("the report needs at least one measured row")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        resources.files("lowbit.tools").joinpath("templates/demo.html.j2").read_text(encoding="utf-8")
-    )
     quantized = [r for r in result.rows if r.sqnr_db]
-    return template.render(
+    return render_template(
+        "demo.html.j2",
         result=result,
         rows=[_table_row(r, result) for r in result.rows],
         cards=_cards(result),
@@ -164,69 +129,20 @@ def _cards(result: DemoResult) -> list[dict[str, str]]:
     return cards
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # Plots -------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes in the page's colours, no global state of matplotlib touched."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_COLOURS["--line"])
-    axes.tick_params(which="both", color=_COLOURS["--line"], labelcolor=_COLOURS["--muted"], labelsize=9)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Any, label: str) -> str:
-    """The figure as an `<svg>` element: no fixed size, no metadata, text as text, colours as CSS variables."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=96)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    head, _, body = text.partition(">")
-    box = re.search(r'viewBox="[^"]*"', head)
-    assert box is not None
-    # Ids of several figures meet in one page.
-    prefix = re.sub(r"\W", "", label)
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
-    body = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}-', body).replace("xlink:href", "href")
-    body = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "system-ui, sans-serif", body)
-    for colour, variable in _VARIABLES.items():
-        body = body.replace(colour, f"var({variable})")
-    return f'<svg {box.group(0)} role="img" aria-label="{label}">{body}'
 
 
 def _size_plot(result: DemoResult) -> str:
     """Size of the model against KL divergence; down and to the left is better."""
-    figure, axes = _figure(6.0, 4.9)
+    plot, axes = figure(6.0, 4.9)
     rows = sorted((r for r in result.rows if r.sqnr_db), key=lambda r: r.quality.kl_mean or 0.0)
     points = [(r.model_bytes / 1e6, max(r.quality.kl_mean or 0.0, 1e-5), r) for r in rows]
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(True, which="major", color=_COLOURS["--line"], linewidth=0.6)
+    axes.grid(True, which="major", color=COLOURS["--line"], linewidth=0.6)
     for x, y, r in points:
-        axes.errorbar(x, y, yerr=r.quality.kl_stderr or 0.0, color=_COLOURS[family(r).variable], marker="o",
-                      markersize=7, markeredgecolor=_COLOURS["--card"], markeredgewidth=1, linewidth=1.2)  # fmt: skip
+        axes.errorbar(x, y, yerr=r.quality.kl_stderr or 0.0, color=COLOURS[family(r).variable], marker="o",
+                      markersize=7, markeredgecolor=COLOURS["--card"], markeredgewidth=1, linewidth=1.2)  # fmt: skip
     sizes, divergences = [p[0] for p in points], [p[1] for p in points]
     room = max(sizes) - min(sizes) or max(sizes)
     axes.set_xlim(min(sizes) - 0.05 * room, max(sizes) + 0.34 * room)
@@ -238,12 +154,12 @@ def _size_plot(result: DemoResult) -> str:
         # To the right of every point at the label's height.
         near = [p for p, h in zip(sizes, heights) if x <= p < x + 0.2 * room and abs(h - place) < 0.06]
         at = (max([x, *near]) + 0.035 * room, math.exp(low + place * (high - low)))
-        axes.annotate(r.config, (x, y), at, fontsize=9.5, color=_COLOURS["--text"], va="center",
-                      arrowprops={"arrowstyle": "-", "color": _COLOURS["--muted"], "linewidth": 0.5, "shrinkA": 0,
+        axes.annotate(r.config, (x, y), at, fontsize=9.5, color=COLOURS["--text"], va="center",
+                      arrowprops={"arrowstyle": "-", "color": COLOURS["--muted"], "linewidth": 0.5, "shrinkA": 0,
                                   "shrinkB": 4})  # fmt: skip
-    axes.set_xlabel("size of the whole model, MB", color=_COLOURS["--muted"])
-    axes.set_ylabel("KL divergence from the original, nats per token", color=_COLOURS["--muted"])
-    return _svg(figure, "Size against KL divergence")
+    axes.set_xlabel("size of the whole model, MB", color=COLOURS["--muted"])
+    axes.set_ylabel("KL divergence from the original, nats per token", color=COLOURS["--muted"])
+    return svg(plot, "Size against KL divergence")
 
 
 def _spread(points: list[tuple[float, float]], gap: float, reach: float) -> list[float]:
@@ -267,25 +183,25 @@ def _spread(points: list[tuple[float, float]], gap: float, reach: float) -> list
 def _speed_plot(result: DemoResult) -> str:
     """Tokens per second while generating, one bar per config."""
     rows = list(reversed(result.rows))
-    figure, axes = _figure(6.0, max(2.0, 0.75 + 0.3 * len(rows)))
+    plot, axes = figure(6.0, max(2.0, 0.75 + 0.3 * len(rows)))
     speeds = [r.tokens_per_second if math.isfinite(r.tokens_per_second) else 0.0 for r in rows]
-    axes.barh([r.config for r in rows], speeds, height=0.62, color=[_COLOURS[family(r).variable] for r in rows])
+    axes.barh([r.config for r in rows], speeds, height=0.62, color=[COLOURS[family(r).variable] for r in rows])
     axes.set_xlim(0, (max(speeds) or 1.0) * 1.1)
     for i, speed in enumerate(speeds):
         axes.annotate(f"{speed:.1f}", (speed, i), (5, 0), textcoords="offset points", va="center", fontsize=9,
-                      color=_COLOURS["--text"],
-                      bbox={"facecolor": _COLOURS["--card"], "edgecolor": "none", "pad": 1})  # fmt: skip
-    axes.axvline(speeds[-1], color=_COLOURS["--original"], linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+                      color=COLOURS["--text"],
+                      bbox={"facecolor": COLOURS["--card"], "edgecolor": "none", "pad": 1})  # fmt: skip
+    axes.axvline(speeds[-1], color=COLOURS["--original"], linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.tick_params(axis="y", length=0, labelcolor=_COLOURS["--text"])
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["--text"])
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(f"tokens per second, one sequence, {result.device}", color=_COLOURS["--muted"])
-    return _svg(figure, "Generation speed")
+    axes.set_xlabel(f"tokens per second, one sequence, {result.device}", color=COLOURS["--muted"])
+    return svg(plot, "Generation speed")
 
 
 def _layer_plot(rows: list[DemoRow]) -> str:
     """One strip per config: how far the SQNR of each layer, first to last, is from the config's median."""
-    figure, axes = _figure(11, 0.95 + 0.27 * len(rows))
+    plot, axes = figure(11, 0.95 + 0.27 * len(rows))
     names = list(rows[0].sqnr_db)
     # A layer that is held exactly has infinite SQNR; 100 dB are as good.
     values = [[min(r.sqnr_db.get(name, math.nan), 100.0) for name in names] for r in rows]
@@ -295,23 +211,23 @@ def _layer_plot(rows: list[DemoRow]) -> str:
         mesh = axes.pcolormesh([j for j in range(len(names) + 1)], [i + 0.06, i + 0.94], [[v - median for v in strip]],
                                cmap="viridis", vmin=-reach, vmax=reach, rasterized=True)  # fmt: skip
         axes.annotate(f"{min(strip):.1f}  ·  {median:.1f}", (1.008, i + 0.5), xycoords=("axes fraction", "data"),
-                      va="center", fontsize=9, color=_COLOURS["--text"], annotation_clip=False)  # fmt: skip
+                      va="center", fontsize=9, color=COLOURS["--text"], annotation_clip=False)  # fmt: skip
     axes.annotate("lowest · median dB", (1.008, -0.35), xycoords=("axes fraction", "data"), va="center", fontsize=8,
-                  color=_COLOURS["--muted"], annotation_clip=False)  # fmt: skip
+                  color=COLOURS["--muted"], annotation_clip=False)  # fmt: skip
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [r.config for r in rows])
     starts = _blocks(names)
     shown = starts[:: max(1, len(starts) // 10)]
     axes.set_xticks([start for _, start in shown], [label for label, _ in shown])
-    axes.tick_params(axis="y", length=0, labelcolor=_COLOURS["--text"])
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["--text"])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel("decoder layer; within each: " + ", ".join(_kinds(names)), color=_COLOURS["--muted"], fontsize=9)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.11, fraction=0.016, aspect=28)
+    axes.set_xlabel("decoder layer; within each: " + ", ".join(_kinds(names)), color=COLOURS["--muted"], fontsize=9)
+    bar = plot.colorbar(mesh, ax=axes, pad=0.11, fraction=0.016, aspect=28)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(color=_COLOURS["--line"], labelcolor=_COLOURS["--muted"], labelsize=9)
-    bar.set_label("dB from the median layer", color=_COLOURS["--muted"], fontsize=9)
-    return _svg(figure, "Signal to quantization noise per layer")
+    bar.ax.tick_params(color=COLOURS["--line"], labelcolor=COLOURS["--muted"], labelsize=9)
+    bar.set_label("dB from the median layer", color=COLOURS["--muted"], fontsize=9)
+    return svg(plot, "Signal to quantization noise per layer")
 
 
 def _blocks(names: list[str]) -> list[tuple[str, int]]:
