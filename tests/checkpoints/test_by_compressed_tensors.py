@@ -155,7 +155,7 @@ def test_the_command_line_writes_the_same(spec: str, tmp_path: Path) -> None:
         assert torch.equal(weights[name], w.dequantize()), name  # type: ignore[attr-defined]
 
 
-# The other direction ---------------------------------------------------------------------------------------------------
+# The other direction --------------------------------------------------------------------------------------------------
 
 PRESETS = ("W8A16", "W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "NVFP4", "MXFP4A16",
            "MXFP4", "MXFP8A16", "MXFP8")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.config_groups import Section, agrees, infer
 from lowbit.checkpoints.files import (
     CONFIG,
+    DESCRIPTION,
     DTYPES,
     MANIFEST,
     SECTION,
@@ -25,7 +26,7 @@ from lowbit.checkpoints.files import (
     sha256,
 )
 from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
-from lowbit.checkpoints.manifest import Manifest, StoredWeight, parse_spec
+from lowbit.checkpoints.manifest import Manifest, Record, StoredWeight, parse_spec
 from lowbit.tensor import QuantizedTensor
 
 
@@ -36,6 +37,8 @@ class Checkpoint:
     Attributes:
         hashes: whether files are compared with the manifest's checksums.
         problems: everything that is wrong; nothing may be loaded unless it is empty.
+        record: what lowbit wrote down of the weights, in the manifest or, where another program wrote the files for it,
+            in their metadata.
         weights: the quantized parameters; `leaves` says which tensors each consists of.
         plain: all other parameters and buffers.
         understood: whether it is known which weights are quantized, so that a comparison with a model makes sense.
@@ -45,6 +48,7 @@ class Checkpoint:
     hashes: bool
     problems: list[str] = field(default_factory=list)
     manifest: Manifest | None = None
+    record: Manifest | Record | None = None
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     leaves: dict[str, list[Leaf]] = field(default_factory=dict)
     plain: dict[str, TensorInfo] = field(default_factory=dict)
@@ -60,6 +64,13 @@ class Checkpoint:
             self._compare_checksums(self.manifest)
         self.files = Files(self.path)
         self.problems.extend(p for p in self.files.problems if p not in self.problems)
+        self.record = self.manifest
+        if self.record is None and self.files.description is not None:
+            try:
+                self.record = Record.parse(self.files.description)
+            except ValueError as error:
+                damaged = True
+                self.problems.append(f"the metadata {DESCRIPTION!r} of the files cannot be read: {error}")
         try:
             section = read_json(self.path / CONFIG).get(SECTION)
         except CheckpointError as error:
@@ -73,8 +84,8 @@ class Checkpoint:
             self._compare_tensors()
 
     @property
-    def tied(self) -> dict[str, str]:
-        return self.manifest.tied if self.manifest else {}
+    def tied(self) -> Mapping[str, str]:
+        return self.record.tied if self.record else {}
 
     @property
     def names(self) -> list[str]:
@@ -88,14 +99,18 @@ class Checkpoint:
 
     def tensor(self, name: str, device: torch.device | str | None) -> Tensor:
         """One parameter: a plain tensor, or a `QuantizedTensor` made of its planes."""
-        w = self.weights.get(name)
-        if w is None:
+        if name not in self.weights:
             return self.files.get(name, device)
+        return self.assemble(name, lambda leaf: self.files.get(leaf.name, device))
+
+    def assemble(self, name: str, get: Callable[[Leaf], Tensor]) -> QuantizedTensor:
+        """A quantized weight of its stored tensors, which `get` brings."""
+        w = self.weights[name]
         planes = {}
         for leaf in self.leaves[name]:
             if leaf.plane is None:
                 continue
-            stored = self.files.get(leaf.name, device)
+            stored = get(leaf)
             if stored.dtype != leaf.info.dtype:
                 stored = stored.to(leaf.info.dtype)  # fp32 scales that another tool keeps in 16 bits
             planes[leaf.plane] = leaf.from_disk(stored)
@@ -126,7 +141,7 @@ class Checkpoint:
             self.problems.append(
                 f"{CONFIG}: unknown quant_method {method!r}; lowbit reads {ct.METHOD!r} and its own {own.METHOD!r}"
             )
-        elif self.manifest is None and (method == own.METHOD or (self.files.ours and self.hashes)):
+        elif self.record is None and (method == own.METHOD or (self.files.ours and self.hashes)):
             hint = "; verify=False reads it as another tool's" if method == ct.METHOD else ""
             self.problems.append(f"{MANIFEST} is missing: the checkpoint is not complete{hint}")
         else:
@@ -139,7 +154,7 @@ class Checkpoint:
                 self.problems.append(f"{CONFIG}: {SECTION}: {error}")
 
     def _canonical(self, section: Mapping[str, Any] | None) -> None:
-        weights = self.manifest.weights if self.manifest else {}
+        weights = self.record.weights if self.record else {}
         found = {} if section is None else section
         expected = own.canonical_section(weights) if weights else {}
         for key in sorted(set(found) | set(expected)):
@@ -154,8 +169,8 @@ class Checkpoint:
             self._add(name, w, own.canonical_leaves(name, w))
 
     def _standard(self, section: Section) -> None:
-        if self.manifest is not None:
-            for name, w in self.manifest.weights.items():
+        if self.record is not None:
+            for name, w in self.record.weights.items():
                 group = section.group_of(name.removesuffix(".weight"))
                 if agrees(group, w):
                     self._add(name, w, ct.leaves(name, w))
@@ -204,7 +219,7 @@ class Checkpoint:
             of = f" of {parts[name][0]} ({self.weights[parts[name][0]].spec})" if name in parts else ""
             if name not in found:
                 self.problems.append(f"tensor {name}{of} is missing, expected {info}")
-            elif found[name] != info and not (self.manifest is None and _widens(found[name], info)):
+            elif found[name] != info and not (self.record is None and _widens(found[name], info)):
                 self.problems.append(f"{file[name]}: {name}{of} is {found[name]}, expected {info}")
             elif name in parts:
                 self._compare_values(*parts[name])
