@@ -363,9 +363,8 @@ def test_the_float_model_exists_at_no_time(source: Path, tmp_path: Path) -> None
     floats = sum(w.numel() * w.element_size() for w in model.parameters())
     quantize_(model, {"lm_head": None, "_default": "int4wo-128"}, measure=False)
     packed = sum(w.nbytes_packed if isinstance(w, QuantizedTensor) else w.nbytes for w in model.parameters())
-    allowed = (
-        packed + 2 * (1024 * 2048 * 2) + 8 * 4 * CHUNK_ELEMENTS
-    )  # two layers, and what quantizes some rows in fp32
+    # Two layers, the few fp32 copies of some rows that quantizing takes, and what malloc keeps for later.
+    allowed = packed + 2 * (1024 * 2048 * 2) + 12 * 4 * CHUNK_ELEMENTS
     # glibc keeps freed blocks of up to 32 MB for later, unless told to give back all that are larger than this.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)

@@ -356,7 +356,7 @@ class _Assemble(ConversionOps):  # type: ignore[misc]
             return {full_layer_name: plain.to(dtype)}
         assert checkpoint is not None
         layer = name.removesuffix("weight")
-        weight = checkpoint.assemble(name, lambda leaf: tensors[leaf.name.removeprefix(layer)])
+        weight: Tensor = checkpoint.assemble(name, lambda leaf: tensors[leaf.name.removeprefix(layer)])
         if weight.dtype != dtype:
             weight = weight.to(dtype)
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
