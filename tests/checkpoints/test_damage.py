@@ -235,7 +235,7 @@ def test_json_that_is_none(directory: Path, name: str, content: str) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda s: s.update(quant_method="gptq"), "unknown quant_method 'gptq'"),
+        (lambda s: s.update(quant_method="quip"), "unknown quant_method 'quip'"),
         (lambda s: s.pop("quant_method"), "unknown quant_method None"),
         (lambda s: s.update(desc_act=True), "desc_act"),
     ],

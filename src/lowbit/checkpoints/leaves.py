@@ -27,7 +27,7 @@ def same(t: Tensor) -> Tensor:
 
 
 class Leaf(NamedTuple):
-    """One stored tensor. `plane` None: it repeats what the shape says, and `to_disk` ignores its argument.
+    """One stored tensor. `plane` None: it repeats what is known; `to_disk` of anything is what it has to hold.
 
     `inexact` leaves may lose the last bit of the plane, which the manifest then keeps.
     """

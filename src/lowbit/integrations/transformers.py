@@ -25,11 +25,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoints import compressed_tensors as ct
 from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.files import DESCRIPTION, MANIFEST, CheckpointError
 from lowbit.checkpoints.manifest import Record
-from lowbit.checkpoints.reading import Checkpoint
+from lowbit.checkpoints.reading import READABLE, Checkpoint
 from lowbit.checkpoints.writing import plan as plan_files
 from lowbit.configs import Config
 from lowbit.errors import see
@@ -39,8 +38,6 @@ from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 
 __all__ = ["LowbitConfig", "LowbitQuantizer", "packed_config"]
-
-READABLE = (own.METHOD, ct.METHOD)
 
 
 @register_quantization_config(own.METHOD)
@@ -115,7 +112,7 @@ def packed_config(path: str | Path, *, verify: bool = True, **kwargs: Any) -> Pr
     """The model configuration of a quantized directory with lowbit as its reader, for `from_pretrained(config=...)`.
 
     Args:
-        path: a directory, or a repository of the hub, in compressed-tensors' or lowbit's own convention.
+        path: a directory, or a repository of the hub, in any convention that lowbit reads.
         verify: compare the files with the manifest's SHA-256, where there is a manifest.
         kwargs: what `AutoConfig.from_pretrained` takes.
 
