@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -209,7 +210,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         directory = Path(files[0]).parent
         if not (directory / MANIFEST).exists():
             self._fetch_manifest(model.config.name_or_path)
-        self.checkpoint = Checkpoint(directory, self.quantization_config.verify)
+        with torch.device("cpu"):  # the model is being built on the meta device, where nothing has values
+            self.checkpoint = Checkpoint(directory, self.quantization_config.verify)
         if self.checkpoint.problems:
             raise CheckpointError(directory, self.checkpoint.problems)
         self.weight_only = all(w.act is None for w in self.checkpoint.weights.values())
