@@ -18,6 +18,7 @@ from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from proofs import DECODED_TO_BF16, PRESETS, REFUSED_BY_THE_PLAIN_CALL, WRITTEN
 from tiny_model_dir import write_model
 from tiny_transformers import IDS, dequantized, llama, logits, quantized_weights
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
@@ -25,16 +26,7 @@ from typer.testing import CliRunner
 
 from lowbit.cli.app import app
 
-#: Every scheme that compressed-tensors can express, and whether its reader in transformers keeps it until the first
-#: forward: it lays asymmetric zero points out unpacked, although the package itself writes them packed.
-SCHEMES = (
-    "int8wo", "int8wo-128", "int4wo-128-sym", "int4wo-128", "int4wo-32", "int8:g64:asym", "int8dq", "int8dq-asym",
-    "int8sq", "float8wo", "float8wo-tensor", "float8wo-block", "float8dq-row", "float8dq", "float8dq-block", "float8sq",
-    "nvfp4wo", "nvfp4sq", "mxfp4wo", "mxfp4dq", "mxfp8wo", "mxfp8dq",
-)  # fmt: skip
-ASYMMETRIC = ("int4wo-128", "int4wo-32", "int8:g64:asym")
-FLOAT4 = ("nvfp4wo", "nvfp4sq", "mxfp4wo", "mxfp4dq", "mxfp8wo", "mxfp8dq")  # decoded to bf16, whatever the model is
-WEIGHT_ONLY = tuple(s for s in SCHEMES if "dq" not in s and "sq" not in s)
+WEIGHT_ONLY = tuple(s for s in WRITTEN if "dq" not in s and "sq" not in s)
 # transformers warns that a config is given although the directory has one, and then takes its loading options from it.
 DEQUANTIZE = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
@@ -47,7 +39,7 @@ def quantized(spec: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @DEQUANTIZE
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", WRITTEN)
 def test_dequantized_by_transformers(spec: str, tmp_path: Path) -> None:
     """Weights equal to the last bit of bf16, and so are the logits of the model that holds them."""
     ours = quantized(spec, torch.bfloat16)
@@ -63,10 +55,10 @@ def test_dequantized_by_transformers(spec: str, tmp_path: Path) -> None:
     assert torch.equal(logits(theirs), logits(dequantized(ours)))
 
 
-@pytest.mark.parametrize("spec", [s for s in SCHEMES if s not in ASYMMETRIC])
+@pytest.mark.parametrize("spec", [s for s in WRITTEN if s not in REFUSED_BY_THE_PLAIN_CALL])
 def test_run_by_transformers(spec: str, tmp_path: Path) -> None:
     """The plain call: compressed until the first forward. Activations are quantized there, too."""
-    dtype = torch.bfloat16 if spec in FLOAT4 else torch.float32
+    dtype = torch.bfloat16 if spec in DECODED_TO_BF16 else torch.float32
     ours = quantized(spec, dtype)
     save(ours, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -83,7 +75,7 @@ def test_run_by_transformers(spec: str, tmp_path: Path) -> None:
         assert (got - expected).norm() <= bound * expected.norm()
 
 
-@pytest.mark.parametrize("spec", ASYMMETRIC)
+@pytest.mark.parametrize("spec", REFUSED_BY_THE_PLAIN_CALL)
 def test_asymmetric_integers_are_refused_unless_dequantized(spec: str, tmp_path: Path) -> None:
     """A fault of that reader, which refuses the package's own files in the same way; see below."""
     save(quantized(spec, torch.float32), tmp_path)
@@ -91,7 +83,7 @@ def test_asymmetric_integers_are_refused_unless_dequantized(spec: str, tmp_path:
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", WRITTEN)
 def test_the_packages_own_decompressor(spec: str, tmp_path: Path) -> None:
     """The tensors as they lie in the file, without a model around them."""
     from safetensors.torch import load_file
@@ -156,9 +148,6 @@ def test_the_command_line_writes_the_same(spec: str, tmp_path: Path) -> None:
 
 
 # The other direction --------------------------------------------------------------------------------------------------
-
-PRESETS = ("W8A16", "W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "NVFP4", "MXFP4A16",
-           "MXFP4", "MXFP8A16", "MXFP8")  # fmt: skip
 
 
 def compressed(preset: str, directory: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
