@@ -14,6 +14,7 @@ that has their name, which dequantizes them at the first forward; whoever wants 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -256,19 +257,15 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        """How the tensors that make up a `weight` end."""
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The tensors of a directory that make up a `weight`, by the ends of their names."""
         if self.checkpoint is None:
-            return {}
+            return []
         ends = {
             leaf.name.removeprefix(name.removesuffix("weight"))
             for name in self.stored.values() for leaf in self.checkpoint.leaves[name]
         }  # fmt: skip
-        return {"weight": sorted(ends)} if ends else {}
-
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _Assemble}
+        return [WeightConverter([_end(end) for end in sorted(ends)], "weight", [_Assemble(self)])] if ends else []
 
     # After loading ---------------------------------------------------------------------------------------------------
 
@@ -309,6 +306,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {DESCRIPTION: Record(planned.weights, planned.tied).to_text()}
 
 
+def _end(name: str) -> str:
+    """The pattern of names that end like this."""
+    return re.escape(name) + "$"
+
+
 def _is_ours(conversion: Any) -> bool:
     return any(isinstance(op, _Assemble) for op in getattr(conversion, "operations", ()))
 
@@ -347,7 +349,7 @@ class _Assemble(ConversionOps):  # type: ignore[misc]
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors = {end: t[0] if isinstance(t, list) else t for end, t in input_dict.items()}
+        tensors = {end: t[0] if isinstance(t, list) else t for end, t in input_dict.items()}  # by their patterns
         dtype = model.get_parameter(full_layer_name).dtype
         name, checkpoint = self.hf_quantizer.stored.get(full_layer_name), self.hf_quantizer.checkpoint
         if name is None:
@@ -355,7 +357,7 @@ class _Assemble(ConversionOps):  # type: ignore[misc]
             return {full_layer_name: plain.to(dtype)}
         assert checkpoint is not None
         layer = name.removesuffix("weight")
-        weight: Tensor = checkpoint.assemble(name, lambda leaf: tensors[leaf.name.removeprefix(layer)])
+        weight: Tensor = checkpoint.assemble(name, lambda leaf: tensors[_end(leaf.name.removeprefix(layer))])
         if weight.dtype != dtype:
             weight = weight.to(dtype)
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
