@@ -16,10 +16,11 @@ from lowbit.checkpoint import read, verify
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
-from tiny_transformers import llama, logits, quantized_weights, saved
+from tiny_transformers import IDS, llama, logits, quantized_weights, saved
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from lowbit.integrations.transformers import packed_config
+from lowbit.tools.sources import find_source
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,6 +80,10 @@ def test_packed(convert: Any, section: dict[str, Any], tmp_path: Path) -> None:
     for name, w in quantized_weights(model).items():
         assert torch.equal(w.dequantize(torch.float32), exact[name]), name
     assert torch.equal(logits(lowbit.load(llama(), tmp_path)), logits(model))
+    # The command line runs it, too.
+    ours = find_source(str(tmp_path)).model()
+    assert {n for n, w in ours.named_parameters() if isinstance(w, QuantizedTensor)} == exact.keys()
+    assert ours(IDS).argmax(-1).eq(logits(model).argmax(-1)).float().mean() > 0.9
     model.save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", config=packed_config(tmp_path / "ours"))
     for name, w in quantized_weights(again).items():
