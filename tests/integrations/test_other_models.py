@@ -1,7 +1,8 @@
-"""The same call for models that are no language models: a sentence encoder as MiniLM is one, and Whisper."""
+"""The same call for other models: a sentence encoder as MiniLM is one, Whisper, one that sees, a mixture of experts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from torch import nn
 from lowbit import Report, quantize_
 
 pytest.importorskip("transformers")
-from tiny_transformers import quantized_weights, saved
+from tiny_transformers import llama_config, quantized_weights, saved
 from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -120,3 +126,62 @@ def test_from_pretrained_of_whisper(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "out")
     again = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert torch.equal(hear(again), hear(model))
+
+
+# Models whose files have other names than their classes ---------------------------------------------------------------
+
+
+def llava() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
+    return (
+        LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=llama_config())).bfloat16().eval()
+    )
+
+
+def mixtral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)
+    return MixtralForCausalLM(config).bfloat16().eval()
+
+
+@pytest.mark.parametrize("make", [llava, mixtral])
+@pytest.mark.parametrize("spec", ["int8wo", "int3wo-32", "int4wo-32"])
+def test_names_of_files(make: Callable[[], PreTrainedModel], spec: str, tmp_path: Path) -> None:
+    source = saved(make(), tmp_path / "source")
+    kind = type(make())
+    model = kind.from_pretrained(source, quantization_config=LowbitConfig(spec))
+    model.save_pretrained(tmp_path / "out")
+    again, info = kind.from_pretrained(
+        tmp_path / "out", config=packed_config(tmp_path / "out"), output_loading_info=True
+    )
+    assert not any(info.values()), info
+    expected = dict(model.named_parameters())
+    assert quantized_weights(again).keys() == quantized_weights(model).keys()
+    assert all(torch.equal(w, expected[name]) for name, w in again.named_parameters())
+
+
+def test_an_older_name_is_read_by_the_package_too(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    source = saved(llava(), tmp_path / "source")
+    model = LlavaForConditionalGeneration.from_pretrained(source, quantization_config=LowbitConfig("int8wo-64"))
+    model.save_pretrained(tmp_path / "out")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        theirs(input_ids=torch.arange(8).view(1, -1))
+    weights = dict(theirs.named_parameters())
+    for name, w in quantized_weights(model).items():
+        if "vision" not in name:  # decompressed with the rest when an image comes
+            assert torch.equal(weights[name], w.dequantize()), name
+
+
+def test_experts_are_listed_as_left_alone(tmp_path: Path) -> None:
+    source = saved(mixtral(), tmp_path / "source")
+    model = MixtralForCausalLM.from_pretrained(source, quantization_config=LowbitConfig("int8wo"))
+    rows = {row.name: row.skipped for row in model.hf_quantizer.report.skipped}
+    experts = {name for name, w in model.named_parameters() if w.dim() == 3}
+    assert len(experts) == 2
+    assert experts < set(rows)
+    assert all("is none of Linear, Embedding, Conv2d" in (rows[name] or "") for name in experts)

@@ -14,7 +14,6 @@ that has their name, which dequantizes them at the first forward; whoever wants 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -34,8 +40,9 @@ from lowbit.checkpoints.reading import READABLE, Checkpoint
 from lowbit.checkpoints.writing import plan as plan_files
 from lowbit.configs import Config
 from lowbit.errors import see
-from lowbit.quantize import FqnToConfig, Rule, is_linear, plan, quantize_layer_, skipped, why_not
-from lowbit.report import Report
+from lowbit.integrations.transformers_conversions import Assemble, Quantize, ends_with, is_ours, renamed
+from lowbit.quantize import QUANTIZABLE, FqnToConfig, Rule, is_linear, plan, quantize_layer_, skipped, why_not
+from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 
@@ -204,6 +211,18 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.weight_only &= config.scheme.act is None
             else:
                 self.report.layers.append(skipped(name, module, reason))
+        self._list_the_rest(model)
+
+    def _list_the_rest(self, model: PreTrainedModel) -> None:
+        """Large weights that no rule speaks of: experts in one tensor, 1-D convolutions."""
+        kinds = ", ".join(c.__name__ for c in QUANTIZABLE)
+        for name, w in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if w.dim() >= 3 and not isinstance(owner, QUANTIZABLE):
+                kind, size = type(owner).__name__, w.numel() * w.element_size()
+                dtype, reason = str(w.dtype).removeprefix("torch."), f"{kind} is none of {kinds}"
+                row = LayerReport(name, kind, tuple(w.shape), dtype, None, size, size, None, skipped=reason)
+                self.report.layers.append(row)
 
     def _open(self, model: PreTrainedModel, files: list[str] | None) -> None:
         if not files:
@@ -217,10 +236,12 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError(directory, self.checkpoint.problems)
         self.weight_only = all(w.act is None for w in self.checkpoint.weights.values())
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        prefix = f"{model.base_model_prefix}."
+        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+        state = model.state_dict()
         for name in self.checkpoint.weights:
-            # A base model is also loaded from the files of a model with a head, and the other way round.
-            known = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in parameters), None)
+            # Files may have older names than the model's classes, or a head that the model lacks.
+            renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+            known = next((n for n in (renamed, name) if n in parameters), None)
             if known is None:
                 continue
             self.stored[known] = name
@@ -255,7 +276,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The tensors of a directory that make up a `weight`, by the ends of their names."""
@@ -265,7 +286,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             leaf.name.removeprefix(name.removesuffix("weight"))
             for name in self.stored.values() for leaf in self.checkpoint.leaves[name]
         }  # fmt: skip
-        return [WeightConverter([_end(end) for end in sorted(ends)], "weight", [_Assemble(self)])] if ends else []
+        return [WeightConverter([ends_with(end) for end in sorted(ends)], "weight", [Assemble(self)])] if ends else []
 
     # After loading ---------------------------------------------------------------------------------------------------
 
@@ -274,7 +295,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._tie(model, self.checkpoint)
             self.checkpoint = None
             # Kept for saving in the names of the files, which these do not change: a model saves what lowbit plans.
-            model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]
+            model._weight_conversions = [c for c in model._weight_conversions if not is_ours(c)]
         for name, config in self.configs.items():
             module = model.get_submodule(name)
             if not isinstance(module.weight, QuantizedTensor):
@@ -283,7 +304,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.config.get_text_config(decoder=True).tie_word_embeddings = False
                 model.all_tied_weights_keys.pop(f"{name}.weight", None)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-        self.report.layers.sort(key=lambda row: order[row.name])
+        self.report.layers.sort(key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
         return model
 
     @staticmethod
@@ -300,64 +321,22 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of lowbit's directories, for transformers to write; `config.json` is told what they mean."""
         planned = plan_files(model, Path("save_pretrained"))
-        self.quantization_config.section = planned.section
-        model.config.quantization_config = self.quantization_config
         state = {name: pending.make().contiguous() for name, pending in planned.tensors.items()}
-        return state, {DESCRIPTION: Record(planned.weights, planned.tied).to_text()}
 
+        # transformers writes the names that the model was loaded from, which may be older ones.
+        back = [c.reverse_transform() for c in model._weight_conversions[::-1] if isinstance(c, WeightRenaming)]
 
-def _end(name: str) -> str:
-    """The pattern of names that end like this."""
-    return re.escape(name) + "$"
+        def file_name(name: str) -> str:
+            return str(apply_renamings(name, back))
 
-
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(op, _Assemble) for op in getattr(conversion, "operations", ()))
+        record = Record(
+            {file_name(name): w for name, w in planned.weights.items()},
+            {file_name(name): file_name(other) for name, other in planned.tied.items()},
+        )
+        self.quantization_config.section = planned.section and renamed(planned.section, file_name)
+        model.config.quantization_config = self.quantization_config
+        return state, {DESCRIPTION: record.to_text()}
 
 
 def _given_scale(config: Config) -> bool:
     return getattr(config, "scale", None) is not None
-
-
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    """One float weight, just read, becomes a quantized one."""
-
-    def __init__(self, quantizer: LowbitQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        [value] = input_dict.values()
-        name = full_layer_name.removesuffix(".weight")
-        module: nn.Module = model.get_submodule(name)
-        module.weight = nn.Parameter(value[0] if isinstance(value, list) else value, requires_grad=False)
-        row = quantize_layer_(name, module, self.quantizer.configs[name])
-        self.quantizer.report.layers.append(row)
-        return {full_layer_name: module.weight}
-
-
-class _Assemble(ConversionOps):  # type: ignore[misc]
-    """The stored tensors of one `weight`: planes of a quantized one, or a plain one that is only called the same."""
-
-    def __init__(self, hf_quantizer: LowbitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Assemble:
-        return self  # transformers copies it for every weight; it has no state of its own
-
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        tensors = {end: t[0] if isinstance(t, list) else t for end, t in input_dict.items()}  # by their patterns
-        dtype = model.get_parameter(full_layer_name).dtype
-        name, checkpoint = self.hf_quantizer.stored.get(full_layer_name), self.hf_quantizer.checkpoint
-        if name is None:
-            [plain] = tensors.values()
-            return {full_layer_name: plain.to(dtype)}
-        assert checkpoint is not None
-        layer = name.removesuffix("weight")
-        weight: Tensor = checkpoint.assemble(name, lambda leaf: tensors[_end(leaf.name.removeprefix(layer))])
-        if weight.dtype != dtype:
-            weight = weight.to(dtype)
-        return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
