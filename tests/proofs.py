@@ -61,6 +61,10 @@ READ = (
         "tensors written number by number; for blocks also transformers' own decoder",
         "integrations/test_packed_formats.py::test_fp8_as_transformers_decodes_it",
     ),
+    Read(
+        "mxfp4", "gpt-oss experts, by `read` alone: no layer runs them packed", "transformers' own decoder",
+        "integrations/test_packed_formats.py::test_gpt_oss_experts_as_transformers_decodes_them",
+    ),
 )  # fmt: skip
 
 

@@ -12,12 +12,13 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
-from lowbit.checkpoint import read, verify
+from lowbit.checkpoint import CheckpointError, read, verify
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from tiny_transformers import IDS, llama, logits, quantized_weights, saved
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lowbit.integrations.transformers import packed_config
 from lowbit.tools.sources import find_source
@@ -119,3 +120,37 @@ def test_what_bitsandbytes_itself_wrote(kind: str, nested: bool, tmp_path: Path)
     theirs = bnb.functional.dequantize_4bit(layer["a"].weight.data, layer["a"].weight.quant_state)
     # In bf16; bitsandbytes rounds the product of two fp32 numbers once, too.
     assert torch.equal(w.dequantize(torch.bfloat16), theirs)
+
+
+def test_gpt_oss_experts_as_transformers_decodes_them(tmp_path: Path) -> None:
+    experts, n, k = 3, 24, 64
+    random = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (experts, n, k // 32, 16), dtype=torch.uint8, generator=random)
+    scales = torch.randint(110, 140, (experts, n, k // 32), dtype=torch.uint8, generator=random)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_bias": torch.zeros(experts, n)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+
+    def section(**more: Any) -> None:
+        quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]} | more
+        config = {"model_type": "gpt_oss", "dtype": "bfloat16", "quantization_config": quantization}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+    section()
+    assert verify(tmp_path).ok, verify(tmp_path)
+    state = read(tmp_path)
+    w = state[name]
+    assert isinstance(w, QuantizedTensor)
+    assert state.keys() == {name, f"{name}_bias"}
+    assert w.nbytes_packed == blocks.numel() + scales.numel()
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    assert torch.equal(w.dequantize(), theirs.transpose(1, 2))
+    with pytest.raises(CheckpointError, match="quant_method is 'mxfp4'"):
+        packed_config(tmp_path)
+    section(surprise=1)
+    with pytest.raises(CheckpointError, match="unknown keys"):
+        read(tmp_path)
+    section()
+    save_file(tensors | {f"{name}_scales": scales[:2].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_scales of .* is U8"):
+        read(tmp_path)

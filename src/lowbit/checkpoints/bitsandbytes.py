@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.files import Files, TensorInfo
-from lowbit.checkpoints.foreign import Infos, Stored, constant, only, sized
+from lowbit.checkpoints.foreign import Infos, OneLayerOneModule, Stored, constant, only, sized
 from lowbit.checkpoints.leaves import Leaf
 from lowbit.checkpoints.manifest import StoredWeight
 from lowbit.formats.base import divide
@@ -36,7 +36,7 @@ _STATE = "weight.quant_state.bitsandbytes__"
 _STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 
 
-class Reader:
+class Reader(OneLayerOneModule):
     """Raises ValueError for a config that it does not know."""
 
     marks = frozenset({f"{_STATE}nf4", f"{_STATE}fp4", "SCB"})
@@ -50,8 +50,7 @@ class Reader:
         layer, dot, rest = name.partition(".weight.")
         if dot:
             return layer, f"weight.{rest}"
-        layer, _, leaf = name.rpartition(".")
-        return layer, leaf
+        return super().split(name)
 
     def weight(self, layer: str, within: Infos, files: Files, dtype: torch.dtype) -> Stored:
         return self._int8(layer, within, dtype) if "SCB" in within else self._four(layer, within, files, dtype)

@@ -36,6 +36,9 @@ class Reader(Protocol):
     def split(self, name: str) -> tuple[str, str]:
         """A tensor's name as layer and the name within it."""
 
+    def parameter(self, layer: str) -> str:
+        """The name of a layer's weight."""
+
     def weight(self, layer: str, within: Infos, files: Files, dtype: torch.dtype) -> Stored:
         """The weight of a layer with tensors `within`; `dtype` is what the model computes in.
 
@@ -45,11 +48,14 @@ class Reader(Protocol):
 
 
 class OneLayerOneModule:
-    """`split` where tensors are parameters of their layer: `<layer>.<name>`."""
+    """Names where tensors are parameters of their layer: `<layer>.<name>`."""
 
     def split(self, name: str) -> tuple[str, str]:
         layer, _, leaf = name.rpartition(".")
         return layer, leaf
+
+    def parameter(self, layer: str) -> str:
+        return f"{layer}.weight"
 
 
 def only(section: Mapping[str, Any], known: Mapping[str, Iterable[Any]], ignored: Iterable[str] = ()) -> None:

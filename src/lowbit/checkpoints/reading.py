@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.checkpoints import awq, bitsandbytes, finegrained_fp8, gptq
+from lowbit.checkpoints import awq, bitsandbytes, finegrained_fp8, gptq, mxfp4
 from lowbit.checkpoints import compressed_tensors as ct
 from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.config_groups import Section, agrees
@@ -33,7 +33,7 @@ from lowbit.tensor import QuantizedTensor
 
 #: `quant_method` -> what makes a reader of the config.
 FOREIGN: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
-    module.METHOD: module.Reader for module in (gptq, awq, bitsandbytes, finegrained_fp8)
+    module.METHOD: module.Reader for module in (gptq, awq, bitsandbytes, finegrained_fp8, mxfp4)
 }
 READABLE = (ct.METHOD, own.METHOD, *FOREIGN)
 
@@ -192,10 +192,12 @@ class Checkpoint:
         config = read_json(self.path / CONFIG)
         dtype = DTYPES.get(_DTYPE_WORDS.get(str(config.get("dtype") or config.get("torch_dtype")), ""), torch.bfloat16)
         layers: dict[str, dict[str, TensorInfo]] = {}
+        names: dict[str, set[str]] = {}
         for name, info in self.files.info.items():
             layer, leaf = reader.split(name)
             if layer:
                 layers.setdefault(layer, {})[leaf] = info
+                names.setdefault(layer, set()).add(name)
         for layer, within in sorted(layers.items()):
             if not within.keys() & reader.marks:
                 continue
@@ -204,9 +206,8 @@ class Checkpoint:
             except ValueError as error:
                 self.problems.append(str(error))
                 continue
-            self._add(f"{layer}.weight", w, leaves)
-            extra = {f"{layer}.{leaf}" for leaf in within} - {leaf.name for leaf in leaves}
-            for name in sorted(extra - {f"{layer}.bias"}):
+            self._add(reader.parameter(layer), w, leaves)
+            for name in sorted(names[layer] - {leaf.name for leaf in leaves} - {f"{layer}.bias"}):
                 self.problems.append(f"{self.files.file[name]}: {name} does not belong to {w.spec}")
 
     def _add(self, name: str, w: StoredWeight, leaves: list[Leaf]) -> None:

@@ -34,6 +34,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoints import leaves as own
+from lowbit.checkpoints import mxfp4
 from lowbit.checkpoints.files import DESCRIPTION, MANIFEST, CheckpointError
 from lowbit.checkpoints.manifest import Record
 from lowbit.checkpoints.reading import READABLE, Checkpoint
@@ -130,9 +131,10 @@ def packed_config(path: str | Path, *, verify: bool = True, **kwargs: Any) -> Pr
     """
     config = AutoConfig.from_pretrained(path, **kwargs)
     section = getattr(config, "quantization_config", None) or {}
-    if section.get("quant_method") not in READABLE:
+    packed = [method for method in READABLE if method != mxfp4.METHOD]  # experts, which no layer runs packed
+    if section.get("quant_method") not in packed:
         raise CheckpointError(
-            path, [f"quant_method is {section.get('quant_method')!r}; lowbit keeps {', '.join(READABLE)} packed"]
+            path, [f"quant_method is {section.get('quant_method')!r}; lowbit keeps {', '.join(packed)} packed"]
         )
     config.quantization_config = {"quant_method": own.METHOD, "packed": section["quant_method"], "verify": verify}
     return config  # type: ignore[no-any-return]
