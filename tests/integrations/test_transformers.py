@@ -150,6 +150,12 @@ def test_quantizing_the_table_quantizes_both(tied: Path, tmp_path: Path) -> None
     expected = llama(tie_word_embeddings=True)
     quantize_(expected, {"model.embed_tokens": "int8wo", "_default": "int8wo"})
     assert torch.equal(logits(got), logits(expected))
+    [head] = [row for row in got.hf_quantizer.report if row.name == "lm_head"]
+    assert (head.note, head.bytes_after) == ("shares model.embed_tokens", 0)
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is tied to model.embed_tokens.weight, .* float8wo and int8wo"
+    ):
+        on_the_fly(tied, {"model.embed_tokens": "int8wo", "lm_head": "float8wo"})
     got.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
@@ -308,6 +314,30 @@ def test_the_model_is_a_model(source: Path) -> None:
     quantizer = model.hf_quantizer
     planned = sum(quantizer.param_element_size(model, n, w) * w.numel() for n, w in model.named_parameters())
     assert planned == packed + rest
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_learns_on_top(source: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = on_the_fly(source, "int4wo-32")
+    before = [w.dequantize() for w in quantized_weights(base).values()]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    trainable = [w for w in model.parameters() if w.requires_grad]
+    assert len(trainable) == 8
+    optimizer, losses = torch.optim.AdamW(trainable, lr=1e-2), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
+    after = quantized_weights(model).values()
+    assert all(torch.equal(w.dequantize(), old) for w, old in zip(after, before, strict=True))
+    with pytest.raises(NotImplementedError, match="op-not-defined"):
+        model.merge_and_unload()
 
 
 def test_the_config_can_be_written_down(source: Path) -> None:

@@ -15,6 +15,7 @@ that has their name, which dequantizes them at the first forward; whoever wants 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,6 +214,13 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.weight_only &= config.scheme.act is None
             else:
                 self.report.layers.append(skipped(name, module, reason))
+        for name, other in model.all_tied_weights_keys.items():
+            pair = [self.configs.get(n.removesuffix(".weight")) for n in (name, other)]
+            if None not in pair and pair[0] != pair[1]:
+                raise ValueError(
+                    f"LowbitConfig: {name} is tied to {other}, and rules give them {pair[0].spec} and {pair[1].spec}; "  # type: ignore[union-attr]
+                    "give both the same config" + see("layer-not-quantizable")
+                )
         self._list_the_rest(model)
 
     def _list_the_rest(self, model: PreTrainedModel) -> None:
@@ -242,8 +250,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         state = model.state_dict()
         for name in self.checkpoint.weights:
             # Files may have older names than the model's classes, or a head that the model lacks.
-            renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
-            known = next((n for n in (renamed, name) if n in parameters), None)
+            current, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+            known = next((n for n in (current, name) if n in parameters), None)
             if known is None:
                 continue
             self.stored[known] = name
@@ -299,12 +307,18 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             # Kept for saving in the names of the files, which these do not change: a model saves what lowbit plans.
             model._weight_conversions = [c for c in model._weight_conversions if not is_ours(c)]
         for name, config in self.configs.items():
-            module = model.get_submodule(name)
+            module, weight = model.get_submodule(name), f"{name}.weight"
             if not isinstance(module.weight, QuantizedTensor):
-                # Quantizing one of two tied weights unties them, as in `quantize_`.
                 self.report.layers.append(quantize_layer_(name, module, config))
-                model.config.get_text_config(decoder=True).tie_word_embeddings = False
-                model.all_tied_weights_keys.pop(f"{name}.weight", None)
+                if model.all_tied_weights_keys.pop(weight, None) is not None:
+                    # Quantizing one of two tied weights unties them, as in `quantize_`.
+                    model.config.get_text_config(decoder=True).tie_word_embeddings = False
+            elif weight in model.all_tied_weights_keys:
+                first = model.all_tied_weights_keys[weight].removesuffix(".weight")
+                row = next(r for r in self.report.layers if r.name == first)
+                kind, note = type(module).__name__, f"shares {first}"
+                shared = replace(row, name=name, kind=kind, bytes_before=0, bytes_after=0, sqnr_db=None, note=note)
+                self.report.layers.append(shared)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self.report.layers.sort(key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
         return model
