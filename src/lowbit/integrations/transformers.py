@@ -23,13 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    rename_source_key,
-)
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -42,7 +36,7 @@ from lowbit.checkpoints.reading import READABLE, Checkpoint
 from lowbit.checkpoints.writing import plan as plan_files
 from lowbit.configs import Config
 from lowbit.errors import see
-from lowbit.integrations.transformers_conversions import Assemble, Quantize, ends_with, is_ours, renamed
+from lowbit.integrations.transformers_conversions import Assemble, Quantize, ends_with, is_ours, rename, renamed
 from lowbit.quantize import QUANTIZABLE, FqnToConfig, Rule, is_linear, plan, quantize_layer_, skipped, why_not
 from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
@@ -247,11 +241,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.weight_only = all(w.act is None for w in self.checkpoint.weights.values())
         parameters = dict(model.named_parameters(remove_duplicate=False))
         renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-        state = model.state_dict()
+        prefix = f"{model.base_model_prefix}."
         for name in self.checkpoint.weights:
             # Files may have older names than the model's classes, or a head that the model lacks.
-            current, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
-            known = next((n for n in (current, name) if n in parameters), None)
+            current = rename(name, renamings)
+            known = next((n for n in _candidates(current, name, prefix) if n in parameters), None)
             if known is None:
                 continue
             self.stored[known] = name
@@ -343,7 +337,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         back = [c.reverse_transform() for c in model._weight_conversions[::-1] if isinstance(c, WeightRenaming)]
 
         def file_name(name: str) -> str:
-            return str(apply_renamings(name, back))
+            return rename(name, back)
 
         record = Record(
             {file_name(name): w for name, w in planned.weights.items()},
@@ -352,6 +346,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.section = planned.section and renamed(planned.section, file_name)
         model.config.quantization_config = self.quantization_config
         return state, {DESCRIPTION: record.to_text()}
+
+
+def _candidates(current: str, name: str, prefix: str) -> tuple[str, ...]:
+    """Names that a parameter of a file may have in a model with or without a head."""
+    return current, name, current.removeprefix(prefix), prefix + current
 
 
 def _given_scale(config: Config) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 
 from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.reading import Checkpoint
@@ -82,6 +82,13 @@ class Assemble(ConversionOps):  # type: ignore[misc]
         if weight.dtype != dtype:
             weight = weight.to(dtype)
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
+
+
+def rename(name: str, renamings: Iterable[WeightRenaming]) -> str:
+    """A name after all renamings of transformers that apply to it."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def renamed(section: Mapping[str, Any], file_name: Callable[[str], str]) -> dict[str, Any]:
