@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from proofs import read_rows, written_rows
 
 from lowbit import parse_config
 from lowbit.formats import Format, Plane, registered
@@ -201,6 +202,12 @@ TABLES = {
     ),
     "layers": Table("docs/measured.md", ("weight", "gate_up", "down", "qkv", "o"), layers_rows),
     "peers": Table("docs/measured.md", ("layer", "weight", "M", "bf16", "lowbit", "humming", "gemlite"), peer_rows),
+    "written": Table(
+        "docs/compatibility.md",
+        ("scheme", "format", "compressed-tensors", "transformers, `dequantize=True`", "transformers, plain call"),
+        written_rows,
+    ),
+    "read": Table("docs/compatibility.md", ("`quant_method`", "variants", "compared with", "test"), read_rows),
     "crossover": Table(
         "docs/measured.md",
         ("layer", "weight", "M", "bf16", "cuda_small_m", "triton_weight_only", "cuda_wgmma", "triton_chunked"),

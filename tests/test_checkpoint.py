@@ -175,12 +175,12 @@ def test_global_scales_without_an_exact_inverse(tmp_path: Path) -> None:
 
 
 @each_format
-def test_the_file_is_the_planes_and_a_header(fmt: Any, tmp_path: Path) -> None:
+def test_the_file_is_a_header_the_planes_and_the_shape(fmt: Any, tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(33, 100)})
     put(model, "embed", QuantizedTensor.from_float(model["embed"].weight, fmt))  # type: ignore[arg-type]
     save(model, tmp_path)
     raw = (tmp_path / "model.safetensors").read_bytes()
-    assert len(raw) == 8 + int.from_bytes(raw[:8], "little") + fmt.nbytes(33, 100)
+    assert len(raw) == 8 + int.from_bytes(raw[:8], "little") + fmt.nbytes(33, 100) + 2 * 8
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Marks are HTML comments on the line before a fenced block:
     <!-- raises ValueError -->       the python block ends with this error
     <!-- prints -->                  the text block is what the python blocks above it printed (`...` matches anything)
     <!-- run: torchrun -->           the python block is a program for two processes
+    <!-- needs: transformers -->     the python block is run where that package is installed, else the page ends there
     <!-- not run: why -->            not executed; commands are still checked against the command line's own help
 """
 
@@ -132,6 +133,8 @@ def test_python_examples_run(
 ) -> None:
     printed = ""
     for block in blocks(page):
+        if block.mark.startswith("needs: "):
+            pytest.importorskip(block.mark.removeprefix("needs: "))
         if block.language == "python" and not block.not_run:
             if block.mark.startswith("raises "):
                 with pytest.raises(error_type(block)):
@@ -148,7 +151,7 @@ def test_python_examples_run(
 
 
 def test_marks_are_known() -> None:
-    known = re.compile(r"raises \w+|prints|run: torchrun|not run: .{10,}|table \w+: .*|")
+    known = re.compile(r"raises \w+|prints|run: torchrun|needs: \w+|not run: .{10,}|table \w+: .*|")
     for page in EVERY_PAGE:
         for block in blocks(page):
             assert known.fullmatch(block.mark), f"{page}:{block.line}: mark {block.mark!r}"

@@ -160,7 +160,7 @@ def load(
 
     Args:
         model: the float model, or one on the meta device; `Linear(bias=False)` and so on as in the checkpoint.
-        directory: what `save` wrote, or a compressed-tensors checkpoint of another tool.
+        directory: what `save` wrote, or a directory of another tool: compressed-tensors, GPTQ, AWQ, bitsandbytes, FP8.
         device: where the weights go; by default where those of the model were, and to the CPU from the meta device.
         strict: whether tensors that only the model or only the checkpoint has are errors.
         verify: compare SHA-256 checksums, which reads every file once more.

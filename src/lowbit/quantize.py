@@ -98,16 +98,8 @@ def quantize_(
     """
     _check_algorithm(algorithm, batches)
     started = time.perf_counter()
-    rules = config.rules if isinstance(config, FqnToConfig) else config
-    if isinstance(rules, Mapping):
-        if filter_fn is not None:
-            raise ValueError("quantize_: give rules by name or a filter_fn, not both" + see("conflicting-rules"))
-        plan = _plan_by_rules(model, rules)
-    else:
-        plan = _plan_by_filter(model, _as_config(rules), filter_fn or is_linear)
-
     report, work = Report(), list[Work]()
-    for name, module, chosen in plan:
+    for name, module, chosen in plan(model, config, filter_fn):
         reason = "left as it is by a rule" if chosen is None else why_not(module, chosen.scheme)
         if reason is None and chosen is not None:
             work.append(Work(name, module, chosen.scheme, _static_scale(name, chosen, calibration)))
@@ -117,7 +109,7 @@ def quantize_(
                 f"({{{name!r}: None}}) or pass on_unsupported='skip'" + see("layer-not-quantizable")
             )
         else:
-            report.layers.append(_skipped(name, module, reason or ""))
+            report.layers.append(skipped(name, module, reason or ""))
     if on_nonfinite != "zero":
         _refuse_nonfinite(work)
 
@@ -192,14 +184,14 @@ class Work(NamedTuple):
     act_scale: float | None
 
 
-def why_not(module: nn.Module, scheme: Scheme) -> str | None:
-    """Why a module cannot take a scheme, or None if it can."""
+def why_not(module: nn.Module, scheme: Scheme, *, loaded: bool = True) -> str | None:
+    """Why a module cannot take a scheme, or None if it can. `loaded=False`: its values are still to come."""
     if not isinstance(module, QUANTIZABLE):
         return f"{type(module).__name__} is none of {', '.join(c.__name__ for c in QUANTIZABLE)}"
     weight = module.weight
     if isinstance(weight, QuantizedTensor):
         return f"its weight is already {weight.format.spec}"
-    if weight.is_meta:
+    if weight.is_meta and loaded:
         return "its weight is on the meta device and has no values; load the model first"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"its weight is {weight.dtype}, not a 16- or 32-bit float"
@@ -217,6 +209,22 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
 # Which layers ------------------------------------------------------------------------------------
 
 Plan = list[tuple[str, nn.Module, Config | None]]
+
+
+def plan(
+    model: nn.Module, config: Config | str | FqnToConfig | Mapping[str, Rule], filter_fn: FilterFn | None = None
+) -> Plan:
+    """The layers that a config or rules mean, in the order of the model, and what each becomes: None, as it is.
+
+    Raises:
+        ValueError: as `quantize_`, whose arguments these are.
+    """
+    rules = config.rules if isinstance(config, FqnToConfig) else config
+    if not isinstance(rules, Mapping):
+        return _plan_by_filter(model, _as_config(rules), filter_fn or is_linear)
+    if filter_fn is not None:
+        raise ValueError("quantize_: give rules by name or a filter_fn, not both" + see("conflicting-rules"))
+    return _plan_by_rules(model, rules)
 
 
 def _as_config(rule: Config | str) -> Config:
@@ -272,6 +280,20 @@ def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
 
 
 # One layer ---------------------------------------------------------------------------------------
+
+
+def quantize_layer_(name: str, module: nn.Module, config: Config) -> LayerReport:
+    """What `quantize_` does to one layer, for loaders that meet a model's weights one after the other.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf, or the config needs a calibrated scale.
+    """
+    item = Work(name, module, config.scheme, _static_scale(name, config, None))
+    _refuse_nonfinite([item])
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    quantized, sqnr = _quantize_weight(weight, item, None, False, True, "rtn", None)
+    module.weight = nn.Parameter(quantized, requires_grad=False)
+    return _quantized(item, weight, quantized.nbytes_packed, sqnr)
 
 
 def _refuse_nonfinite(work: list[Work]) -> None:
@@ -358,7 +380,8 @@ def _bytes(weight: Any) -> int:
     return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else 0
 
 
-def _skipped(name: str, module: nn.Module, reason: str) -> LayerReport:
+def skipped(name: str, module: nn.Module, reason: str) -> LayerReport:
+    """The row of a layer that stays as it is."""
     weight = getattr(module, "weight", None)
     size, shape = _bytes(weight), tuple(weight.shape) if isinstance(weight, Tensor) else ()
     dtype = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else ""

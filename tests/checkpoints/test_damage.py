@@ -87,9 +87,10 @@ def edit_json(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def part(directory: Path, of: str) -> str:
-    """One tensor of layer `of`, besides its scale."""
+    """One tensor of layer `of`, besides its scale and its shape."""
     names = json.loads((directory / INDEX).read_text())["weight_map"]
-    return sorted(n for n in names if n.startswith(of) and "scale" not in n and "bias" not in n)[0]
+    shapes = {n for n in names if any(other.startswith(f"{n}.") for other in names)}
+    return sorted(n for n in names if n.startswith(of) and "scale" not in n and "bias" not in n and n not in shapes)[0]
 
 
 # Bits -----------------------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_json_that_is_none(directory: Path, name: str, content: str) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda s: s.update(quant_method="gptq"), "unknown quant_method 'gptq'"),
+        (lambda s: s.update(quant_method="quip"), "unknown quant_method 'quip'"),
         (lambda s: s.pop("quant_method"), "unknown quant_method None"),
         (lambda s: s.update(desc_act=True), "desc_act"),
     ],

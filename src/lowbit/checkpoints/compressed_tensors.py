@@ -235,8 +235,7 @@ def _to_words(t: Tensor, flip: int = 0) -> Tensor:
 
 def _from_words(t: Tensor, used: int, flip: int, dtype: torch.dtype) -> Tensor:
     t = t.view(torch.uint8)[:, :used]
-    # In place: the tensor has just been read, and nobody else holds it.
-    return (t.bitwise_xor_(flip) if flip else t).contiguous().view(dtype)
+    return (t ^ flip if flip else t.contiguous()).view(dtype)
 
 
 def _scale(layer: str, w: StoredWeight) -> Leaf:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.compressed_tensors import METHOD, Args, Description, describe, resolve
-from lowbit.checkpoints.files import TensorInfo
+from lowbit.checkpoints.compressed_tensors import METHOD, Args, Description, describe, expressible, leaves, resolve
+from lowbit.checkpoints.files import Files, TensorInfo
+from lowbit.checkpoints.foreign import Infos, OneLayerOneModule, Stored
 from lowbit.checkpoints.manifest import StoredWeight
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import Format
@@ -118,12 +119,14 @@ def _matches(target: str, layer: str) -> bool:
     return target.startswith("re:") and re.match(target[3:], layer) is not None
 
 
-class Section:
+class Section(OneLayerOneModule):
     """A parsed `quantization_config`; anything in it that is not understood is an error.
 
     Raises:
         ValueError: naming the entry.
     """
+
+    marks = frozenset({"weight_packed", "weight_scale"})
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         unknown = set(config) - _SECTION - _MAY_BE_EMPTY - _INFORMATION
@@ -151,6 +154,17 @@ class Section:
             return None
         ranked = [(rank, i) for i, g in enumerate(self.groups) if (rank := g.rank(layer)) is not None]
         return self.groups[min(ranked)[1]] if ranked else None
+
+    def weight(self, layer: str, within: Infos, files: Files, dtype: torch.dtype) -> Stored:
+        """A layer of a directory without a manifest."""
+        group = self.group_of(layer)
+        if group is None:
+            raise ValueError(f"{layer} has quantized tensors, but no group of config.json names it")
+        shape = files.get(f"{layer}.weight_shape") if "weight_shape" in within else None
+        w = infer(layer, group, within, shape, dtype)
+        if not expressible(w):
+            raise ValueError(f"{layer}: {w.spec} does not fit a weight of shape {list(w.shape)}")
+        return Stored(w, leaves(f"{layer}.weight", w))
 
 
 def _compile(pattern: str) -> None:
@@ -195,9 +209,6 @@ def agrees(group: Group | None, w: StoredWeight) -> bool:
         return False
     ours, theirs = describe(group.weight, group.act), known
     return ours == theirs
-
-
-# Directories without a manifest ---------------------------------------------------------------------------------------
 
 
 def infer(

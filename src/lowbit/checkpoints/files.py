@@ -29,6 +29,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MARK = "lowbit.format"
 METADATA = {"format": "pt", MARK: "1"}
+DESCRIPTION = (
+    "lowbit.weights"  # in the metadata of files that another program wrote for lowbit: what the manifest knows
+)
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -257,6 +260,8 @@ class Files:
         info: dtype and shape by tensor name.
         file: file name by tensor name.
         ours: whether any file was written by lowbit.
+        description: what a file's metadata says of the quantized weights, where lowbit described them but did not write
+            the files itself.
         problems: files and tensors that cannot be read; the rest can.
     """
 
@@ -265,6 +270,7 @@ class Files:
         self.info: dict[str, TensorInfo] = {}
         self.file: dict[str, str] = {}
         self.ours = False
+        self.description: str | None = None
         self.problems: list[str] = []
         self._open: dict[str, Any] = {}
         index = self._index()
@@ -303,7 +309,9 @@ class Files:
             file = safe_open(path, framework="pt")
             slices = {t: file.get_slice(t) for t in file.keys()}  # noqa: SIM118 (not a dict)
             header = {t: (s.get_dtype(), tuple(s.get_shape())) for t, s in slices.items()}
-            self.ours |= MARK in (file.metadata() or {})
+            metadata = file.metadata() or {}
+            self.ours |= MARK in metadata
+            self.description = metadata.get(DESCRIPTION, self.description)
         except (SafetensorError, OSError, ValueError) as error:
             self.problems.append(f"{name} is damaged: {error}")
             return

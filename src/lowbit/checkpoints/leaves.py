@@ -1,11 +1,13 @@
 """A *leaf* is one tensor on disk and the plane it is made from: an exact bijection between the two.
 
-lowbit's own convention stores the canonical planes as they are, `<parameter>.<plane>`.
+lowbit's own convention stores the canonical planes as they are, `<parameter>.<plane>`, and the logical shape under the
+parameter's own name, where a reader that does not know lowbit meets a tensor that fits no layer. Without it,
+transformers would warn of missing weights and go on with random ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ def same(t: Tensor) -> Tensor:
 
 
 class Leaf(NamedTuple):
-    """One stored tensor. `plane` None: it repeats what the shape says, and `to_disk` ignores its argument.
+    """One stored tensor. `plane` None: it repeats what is known; `to_disk` of anything is what it has to hold.
 
     `inexact` leaves may lose the last bit of the plane, which the manifest then keeps.
     """
@@ -43,14 +45,17 @@ def plane_info(plane: Plane, w: StoredWeight) -> TensorInfo:
 
 
 def canonical_leaves(parameter: str, w: StoredWeight) -> list[Leaf]:
-    """The planes of any format, by their own names; a static activation's scale as `<parameter>.input_scale`."""
-    leaves = [Leaf(f"{parameter}.{p.name}", p.name, plane_info(p, w)) for p in w.format.planes]
+    """The logical shape as `<parameter>`, the planes of any format by their own names; a static activation's scale as
+    `<parameter>.input_scale`."""
+    shape = torch.tensor(w.shape, dtype=torch.int64)
+    leaves = [Leaf(parameter, None, TensorInfo(torch.int64, (len(w.shape),)), lambda _: shape)]
+    leaves += [Leaf(f"{parameter}.{p.name}", p.name, plane_info(p, w)) for p in w.format.planes]
     if w.static:
         leaves.append(Leaf(f"{parameter}.input_scale", ACT_SCALE, TensorInfo(torch.float32, (1, 1))))
     return leaves
 
 
-def canonical_section(weights: dict[str, StoredWeight]) -> dict[str, Any]:
+def canonical_section(weights: Mapping[str, StoredWeight]) -> dict[str, Any]:
     """`quantization_config` of a checkpoint in lowbit's own convention."""
     formats = {name: w.spec for name, w in weights.items()}
     return {"quant_method": METHOD, "format_version": VERSION, "weights": formats}

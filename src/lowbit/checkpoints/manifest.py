@@ -150,6 +150,37 @@ class Manifest:
         )
 
 
+class Record(NamedTuple):
+    """The part of the manifest without which weights cannot be rebuilt, for the metadata of files that another program
+    writes."""
+
+    weights: Mapping[str, StoredWeight]
+    tied: Mapping[str, str]
+
+    def to_text(self) -> str:
+        weights = {name: _weight_to_json(w) for name, w in self.weights.items()}
+        return json.dumps({"format_version": VERSION, "weights": weights, "tied": dict(self.tied)}, sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str) -> Record:
+        """Inverse of `to_text`.
+
+        Raises:
+            ValueError: anything else.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format_version") != VERSION:
+                raise ValueError(f"its format version is not {VERSION}")
+            weights = {name: _weight_from_json(w) for name, w in data.pop("weights").items()}
+            tied = {name: _is(str, other) for name, other in data.pop("tied").items()}
+            if data:
+                raise ValueError(f"unknown keys {sorted(data)}")
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"it is damaged: {error!r}") from None
+        return cls(weights, tied)
+
+
 def _weight_to_json(w: StoredWeight) -> dict[str, Any]:
     out = {"format": w.spec, "shape": list(w.shape), "dtype": DTYPE_NAMES[w.dtype]}
     return out | ({"exact": {name: value.hex() for name, value in w.exact.items()}} if w.exact else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.checkpoints import awq, bitsandbytes, finegrained_fp8, gptq, mxfp4
 from lowbit.checkpoints import compressed_tensors as ct
 from lowbit.checkpoints import leaves as own
-from lowbit.checkpoints.config_groups import Section, agrees, infer
+from lowbit.checkpoints.config_groups import Section, agrees
 from lowbit.checkpoints.files import (
     CONFIG,
+    DESCRIPTION,
     DTYPES,
     MANIFEST,
     SECTION,
@@ -24,9 +26,16 @@ from lowbit.checkpoints.files import (
     read_json,
     sha256,
 )
+from lowbit.checkpoints.foreign import Reader
 from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
-from lowbit.checkpoints.manifest import Manifest, StoredWeight, parse_spec
+from lowbit.checkpoints.manifest import Manifest, Record, StoredWeight, parse_spec
 from lowbit.tensor import QuantizedTensor
+
+#: `quant_method` -> what makes a reader of the config.
+FOREIGN: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
+    module.METHOD: module.Reader for module in (gptq, awq, bitsandbytes, finegrained_fp8, mxfp4)
+}
+READABLE = (ct.METHOD, own.METHOD, *FOREIGN)
 
 
 @dataclass
@@ -36,6 +45,8 @@ class Checkpoint:
     Attributes:
         hashes: whether files are compared with the manifest's checksums.
         problems: everything that is wrong; nothing may be loaded unless it is empty.
+        record: what lowbit wrote down of the weights, in the manifest or, where another program wrote the files for it,
+            in their metadata.
         weights: the quantized parameters; `leaves` says which tensors each consists of.
         plain: all other parameters and buffers.
         understood: whether it is known which weights are quantized, so that a comparison with a model makes sense.
@@ -45,6 +56,7 @@ class Checkpoint:
     hashes: bool
     problems: list[str] = field(default_factory=list)
     manifest: Manifest | None = None
+    record: Manifest | Record | None = None
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     leaves: dict[str, list[Leaf]] = field(default_factory=dict)
     plain: dict[str, TensorInfo] = field(default_factory=dict)
@@ -60,6 +72,13 @@ class Checkpoint:
             self._compare_checksums(self.manifest)
         self.files = Files(self.path)
         self.problems.extend(p for p in self.files.problems if p not in self.problems)
+        self.record = self.manifest
+        if self.record is None and self.files.description is not None:
+            try:
+                self.record = Record.parse(self.files.description)
+            except ValueError as error:
+                damaged = True
+                self.problems.append(f"the metadata {DESCRIPTION!r} of the files cannot be read: {error}")
         try:
             section = read_json(self.path / CONFIG).get(SECTION)
         except CheckpointError as error:
@@ -73,8 +92,8 @@ class Checkpoint:
             self._compare_tensors()
 
     @property
-    def tied(self) -> dict[str, str]:
-        return self.manifest.tied if self.manifest else {}
+    def tied(self) -> Mapping[str, str]:
+        return self.record.tied if self.record else {}
 
     @property
     def names(self) -> list[str]:
@@ -88,14 +107,18 @@ class Checkpoint:
 
     def tensor(self, name: str, device: torch.device | str | None) -> Tensor:
         """One parameter: a plain tensor, or a `QuantizedTensor` made of its planes."""
-        w = self.weights.get(name)
-        if w is None:
+        if name not in self.weights:
             return self.files.get(name, device)
+        return self.assemble(name, lambda leaf: self.files.get(leaf.name, device))
+
+    def assemble(self, name: str, get: Callable[[Leaf], Tensor]) -> QuantizedTensor:
+        """A quantized weight of its stored tensors, which `get` brings."""
+        w = self.weights[name]
         planes = {}
         for leaf in self.leaves[name]:
             if leaf.plane is None:
                 continue
-            stored = self.files.get(leaf.name, device)
+            stored = get(leaf)
             if stored.dtype != leaf.info.dtype:
                 stored = stored.to(leaf.info.dtype)  # fp32 scales that another tool keeps in 16 bits
             planes[leaf.plane] = leaf.from_disk(stored)
@@ -122,16 +145,16 @@ class Checkpoint:
     def _understand(self, section: Any) -> None:
         """Which weights are quantized, and how, from the manifest or from another tool's config; both must agree."""
         method = section.get("quant_method") if isinstance(section, Mapping) else None
-        if section is not None and method not in (ct.METHOD, own.METHOD):
-            self.problems.append(
-                f"{CONFIG}: unknown quant_method {method!r}; lowbit reads {ct.METHOD!r} and its own {own.METHOD!r}"
-            )
-        elif self.manifest is None and (method == own.METHOD or (self.files.ours and self.hashes)):
+        if section is not None and method not in READABLE:
+            self.problems.append(f"{CONFIG}: unknown quant_method {method!r}; lowbit reads {', '.join(READABLE)}")
+        elif self.record is None and (method == own.METHOD or (self.files.ours and self.hashes)):
             hint = "; verify=False reads it as another tool's" if method == ct.METHOD else ""
             self.problems.append(f"{MANIFEST} is missing: the checkpoint is not complete{hint}")
         else:
             try:
-                if method == ct.METHOD:
+                if method in FOREIGN:
+                    self._of_another_tool(FOREIGN[method](section))
+                elif method == ct.METHOD:
                     self._standard(Section(section))
                 else:
                     self._canonical(section)
@@ -139,7 +162,7 @@ class Checkpoint:
                 self.problems.append(f"{CONFIG}: {SECTION}: {error}")
 
     def _canonical(self, section: Mapping[str, Any] | None) -> None:
-        weights = self.manifest.weights if self.manifest else {}
+        weights = self.record.weights if self.record else {}
         found = {} if section is None else section
         expected = own.canonical_section(weights) if weights else {}
         for key in sorted(set(found) | set(expected)):
@@ -154,41 +177,37 @@ class Checkpoint:
             self._add(name, w, own.canonical_leaves(name, w))
 
     def _standard(self, section: Section) -> None:
-        if self.manifest is not None:
-            for name, w in self.manifest.weights.items():
-                group = section.group_of(name.removesuffix(".weight"))
-                if agrees(group, w):
-                    self._add(name, w, ct.leaves(name, w))
-                else:
-                    says = ct.describe(group.weight, group.act) if group else "not quantized"
-                    self.problems.append(f"{CONFIG}: {name} is {says}, the manifest says {w.spec}")
+        if self.record is None:
+            self._of_another_tool(section)
             return
+        for name, w in self.record.weights.items():
+            group = section.group_of(name.removesuffix(".weight"))
+            if agrees(group, w):
+                self._add(name, w, ct.leaves(name, w))
+            else:
+                says = ct.describe(group.weight, group.act) if group else "not quantized"
+                self.problems.append(f"{CONFIG}: {name} is {says}, the manifest says {w.spec}")
+
+    def _of_another_tool(self, reader: Reader) -> None:
         config = read_json(self.path / CONFIG)
         dtype = DTYPES.get(_DTYPE_WORDS.get(str(config.get("dtype") or config.get("torch_dtype")), ""), torch.bfloat16)
         layers: dict[str, dict[str, TensorInfo]] = {}
+        names: dict[str, set[str]] = {}
         for name, info in self.files.info.items():
-            layer, dot, leaf = name.rpartition(".")
-            if dot:
+            layer, leaf = reader.split(name)
+            if layer:
                 layers.setdefault(layer, {})[leaf] = info
+                names.setdefault(layer, set()).add(name)
         for layer, within in sorted(layers.items()):
-            if not within.keys() & {"weight_packed", "weight_scale"}:
+            if not within.keys() & reader.marks:
                 continue
-            group = section.group_of(layer)
-            if group is None:
-                self.problems.append(f"{layer} has quantized tensors, but no group of {CONFIG} names it")
-                continue
-            shape = self.files.get(f"{layer}.weight_shape") if "weight_shape" in within else None
             try:
-                w = infer(layer, group, within, shape, dtype)
+                w, leaves = reader.weight(layer, within, self.files, dtype)
             except ValueError as error:
                 self.problems.append(str(error))
                 continue
-            if not ct.expressible(w):
-                self.problems.append(f"{layer}: {w.spec} does not fit a weight of shape {list(w.shape)}")
-                continue
-            self._add(f"{layer}.weight", w, ct.leaves(f"{layer}.weight", w))
-            extra = {f"{layer}.{leaf}" for leaf in within} - {leaf.name for leaf in self.leaves[f"{layer}.weight"]}
-            for name in sorted(extra - {f"{layer}.bias"}):
+            self._add(reader.parameter(layer), w, leaves)
+            for name in sorted(names[layer] - {leaf.name for leaf in leaves} - {f"{layer}.bias"}):
                 self.problems.append(f"{self.files.file[name]}: {name} does not belong to {w.spec}")
 
     def _add(self, name: str, w: StoredWeight, leaves: list[Leaf]) -> None:
@@ -204,7 +223,7 @@ class Checkpoint:
             of = f" of {parts[name][0]} ({self.weights[parts[name][0]].spec})" if name in parts else ""
             if name not in found:
                 self.problems.append(f"tensor {name}{of} is missing, expected {info}")
-            elif found[name] != info and not (self.manifest is None and _widens(found[name], info)):
+            elif found[name] != info and not (self.record is None and _widens(found[name], info)):
                 self.problems.append(f"{file[name]}: {name}{of} is {found[name]}, expected {info}")
             elif name in parts:
                 self._compare_values(*parts[name])
@@ -215,15 +234,22 @@ class Checkpoint:
                     self.problems.append(f"{file[name]}: tensor {name} is not part of this checkpoint")
 
     def _compare_values(self, parameter: str, leaf: Leaf) -> None:
-        """Tensors that say again what the manifest knows."""
+        """Tensors that say again what is known."""
         w, where = self.weights[parameter], self.files.file[leaf.name]
         if leaf.plane is None:
-            if (stored := self.files.get(leaf.name).tolist()) != list(w.shape):
-                self.problems.append(f"{where}: {leaf.name} holds {stored}, expected {list(w.shape)}")
+            stored, expected = self.files.get(leaf.name), leaf.to_disk(torch.empty(0))
+            if not torch.equal(stored, expected):
+                self.problems.append(f"{where}: {leaf.name} holds {_few(stored)}, expected {_few(expected)}")
         elif leaf.plane in w.exact:
             found, exact = float(leaf.from_disk(self.files.get(leaf.name))), w.exact[leaf.plane]
             if not abs(found - exact) <= 2**-22 * abs(exact):  # the last bits of fp32; a NaN is no match either
                 self.problems.append(f"{where}: {leaf.name} stands for {found}, the manifest says {exact}")
+
+
+def _few(t: Tensor) -> str:
+    """The numbers of a small tensor, the first ones of a larger."""
+    numbers = t.flatten()[:6].tolist()
+    return str(numbers) if t.numel() <= len(numbers) else str(numbers)[:-1] + ", ...]"
 
 
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}

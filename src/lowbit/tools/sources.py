@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lowbit import checkpoint
+from lowbit.checkpoints.files import read_json
 from lowbit.configs import Config
 from lowbit.errors import see
 from lowbit.models import Llama, LlamaConfig, load_model
@@ -79,7 +80,8 @@ def find_source(name: str) -> Source:
     if (path / MANIFEST).is_file():
         return Source(name, path, "checkpoint")
     if (path / "config.json").is_file():
-        return Source(name, path, "huggingface")
+        quantized = read_json(path / "config.json").get("quantization_config")
+        return Source(name, path, "checkpoint" if quantized else "huggingface")
     if path.is_file() and path.suffix == ".gguf":
         return Source(name, path, "gguf")
     what = "exists, but is none of these" if path.exists() else "does not exist"
