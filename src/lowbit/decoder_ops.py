@@ -30,6 +30,10 @@ _ROPE = (
 )
 _LIB.define(f"rope_write({_ROPE}) -> Tensor")
 _LIB.define(f"decode_attention({_ROPE}, Tensor(c!) arrived) -> Tensor")
+_LIB.define(
+    "take_greedy(Tensor logits, Tensor(a!) token, Tensor(b!) positions, Tensor(c!) ids, Tensor(d!) arrived,"
+    " SymInt step) -> ()"
+)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -109,6 +113,21 @@ def _decode_attention(
     return y.transpose(1, 2).reshape(qkv.shape[0], -1)
 
 
+def _take_greedy(logits: Tensor, token: Tensor, positions: Tensor, ids: Tensor, arrived: Tensor, step: int) -> None:
+    """Make the most likely token of every sequence its newest.
+
+    Args:
+        logits: `(B, V)`; of equal ones the first wins.
+        token: int64 `(B,)`, which becomes the new tokens.
+        positions: int32 `(B,)`, moved on by `step` to the places of these.
+        ids: int64 `(B, S)`, which holds every sequence.
+        arrived: int32 of at least B zeros, which the kernel counts in.
+    """
+    token.copy_(logits.argmax(-1))
+    positions += step
+    ids.scatter_(1, positions.long()[:, None], token[:, None])
+
+
 # On a GPU ----------------------------------------------------------------------------------------
 
 
@@ -158,6 +177,10 @@ def _attention_fake(
     return qkv.new_empty(qkv.shape[0], heads * keys.shape[3])
 
 
+def _nothing(logits: Tensor, token: Tensor, positions: Tensor, ids: Tensor, arrived: Tensor, step: int) -> None:
+    pass
+
+
 for _name, _definition, _module, _fake in (
     ("rms_norm", _rms_norm, "between", _like),
     ("add_rms_norm", _add_rms_norm, "between", _two_like),
@@ -165,6 +188,7 @@ for _name, _definition, _module, _fake in (
     ("gemv", _gemv, "gemv", _gemv_fake),
     ("rope_write", _rope_write, "between", _rope_fake),
     ("decode_attention", _decode_attention, "decode_attention", _attention_fake),
+    ("take_greedy", _take_greedy, "greedy", _nothing),
 ):
     _LIB.impl(_name, _definition, "CompositeExplicitAutograd")
     _LIB.impl(_name, _on_gpu(_definition, _module), "CUDA")
@@ -176,3 +200,4 @@ silu_mul: Callable[..., Tensor] = torch.ops.lowbit.silu_mul.default
 gemv: Callable[..., Tensor] = torch.ops.lowbit.gemv.default
 rope_write: Callable[..., Tensor] = torch.ops.lowbit.rope_write.default
 decode_attention: Callable[..., Tensor] = torch.ops.lowbit.decode_attention.default
+take_greedy: Callable[..., None] = torch.ops.lowbit.take_greedy.default

@@ -84,14 +84,16 @@ def test_logits_are_as_exact_as_those_of_the_plain_model() -> None:
     exact = deepcopy(model).double()
     session, ids = Session(model, 2, 256), prompts(2, 40)
     cache, exact_cache = model.new_cache(2, 256), exact.new_cache(2, 256)
+    errors = []
     for i in range(20):
         got = session.prefill(ids) if i == 0 else session.step()
         part, at = (ids, 0) if i == 0 else (session.ids[:, -2:-1], 39 + i)
         with torch.inference_mode():
             plain = model(part, cache, at, last_only=True)[:, -1]
             expected = exact(part, exact_cache, at, last_only=True)[:, -1]
-        errors = [float((y.double() - expected).norm() / expected.norm()) for y in (got, plain)]
-        assert errors[0] < 1.2 * errors[1], f"step {i}: {errors}"
+        errors.append([float((y.double() - expected).norm() / expected.norm()) for y in (got, plain)])
+    ours, plains = map(sum, zip(*errors, strict=True))
+    assert ours < 1.1 * plains, errors
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -21,6 +21,7 @@ from lowbit.kernels.triton import (
     decode_packed,
     dequant,
     gemv,
+    greedy,
     scaled_mm,
     weight_only,
 )
@@ -156,7 +157,7 @@ def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytes
     """For the shapes of known models in bf16, and fp16 with odd ones; started early where the GPU can do that."""
     if early and arch < 90:
         pytest.skip("kernels start early from compute capability 9.0 on")
-    modules = [between, decode_attention, gemv]
+    modules = [between, decode_attention, gemv, greedy]
     for module in modules:
         options = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
         monkeypatch.setattr(module, "early_options", lambda device, options=options: options)
@@ -182,6 +183,7 @@ def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytes
                 between.rope_write(qkv[:, None], *where)
                 decode_attention.decode_attention(qkv, *where, counters)
                 gemv.gemv(x, w, None)
+                greedy.take_greedy(x, counters[:1].long(), counters[:1], counters[None].long(), counters, 1)
 
             launches += launches_of(monkeypatch, modules, run)
     compiled = compile_all(launches, arch)

@@ -18,7 +18,7 @@ from cases import KINDS, sqnr_db, weights
 from lowbit import decoder_ops
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.triton import act_quant, between, decode_attention, dequant, gemv, scaled_mm, weight_only
+from lowbit.kernels.triton import act_quant, between, decode_attention, dequant, gemv, greedy, scaled_mm, weight_only
 
 FORMATS = (
     "int4:g128", "int3:g64", "int2:g32:asym", "int1:g64:asym", "int8:row", "int8:b128x128", "int7:row", "nf4:g64:dq",
@@ -123,6 +123,23 @@ def check_attention(case: str) -> None:
         assert not arrived.any(), "the counters are not zero again"
 
 
+def check_greedy(case: str) -> None:
+    """`batch x vocabulary`: the ops and the kernel leave the same tokens, places and sequences."""
+    batch, vocabulary = map(int, case.split("x"))
+    logits = weights("normal", batch, vocabulary, seed=2)
+    logits[0, vocabulary // 2 :] = logits[0].max() + 1  # equal ones in several parts
+    logits[-1, 5] = torch.inf if batch % 2 else torch.nan
+    found = []
+    for op in (decoder_ops.take_greedy, greedy.take_greedy):
+        token, arrived = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
+        positions, ids = torch.arange(batch, dtype=torch.int32), torch.full((batch, 9), -1)
+        op(logits, token, positions, ids, arrived, 3)
+        assert not arrived.any(), "the counters are not zero again"
+        found.append((token, positions, ids))
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+
+
 def parse_case(case: str) -> tuple[int, int, int, bool, list[int]]:
     """`heads/key heads/head_dim/normed/positions`."""
     heads, groups, d, normed, positions = case.split("/")
@@ -137,6 +154,7 @@ def main() -> int:
     groups: list[tuple[Callable[[str], None], tuple[str, ...]]] = [
         (check_weights, FORMATS), (check_activation, ACTIVATIONS), (check_int8, ("int8:row", "int8:tensor")),
         (check_norms, ("96", "2048", "4097")), (check_gemv, ("9x1000", "4x4096")), (check_attention, ATTENTIONS),
+        (check_greedy, ("1x2048", "2x5000", "3x130")),
     ]  # fmt: skip
     for check, specs in groups:
         for spec in specs:

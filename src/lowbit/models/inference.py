@@ -29,7 +29,7 @@ class State:
         token: `(B,)` int64, the newest, which the next step reads.
         positions: `(B,)` int32, its places.
         cos, sin: fp32 `(capacity, head_dim / 2)`, the rotary angles of every position.
-        arrived: int32 `(B G,)`, zeros between two calls of the attention.
+        arrived: int32 `(B G,)`, zeros between two calls of the kernels that count in them.
     """
 
     def __init__(self, model: Llama, batch: int, capacity: int) -> None:
@@ -48,6 +48,10 @@ class State:
         """Of everything that is kept."""
         kept = (self.ids, self.token, self.positions, self.cos, self.sin, self.arrived)
         return self.cache.nbytes + sum(t.numel() * t.element_size() for t in kept)
+
+    def take_greedy(self, logits: Tensor, step: int) -> None:
+        """Make the most likely tokens by `logits (B, V)` the newest, `step` places behind the ones before."""
+        ops.take_greedy(logits, self.token, self.positions, self.ids, self.arrived, step)
 
     def take(self, token: Tensor, step: int) -> None:
         """Make `token (B,)` the newest, `step` places behind the one before."""

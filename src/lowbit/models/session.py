@@ -158,12 +158,12 @@ class Session:
 
     def _run_prompt(self, ids: Tensor) -> Tensor:
         logits = forward(self.model, ids, self.state)
-        self.state.take(logits.argmax(-1), ids.shape[1])
+        self.state.take_greedy(logits, ids.shape[1])
         return logits
 
     def _run_step(self) -> Tensor:
         logits = forward(self.model, self.state.token[:, None], self.state)
-        self.state.take(logits.argmax(-1), 1)
+        self.state.take_greedy(logits, 1)
         return logits
 
     def _captured(self, run: Callable[[], Tensor]) -> _Graph:

@@ -30,6 +30,20 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
+def attend(best, weight, ya, yb, qa, qb, ka, kb, va, vb, real, scale_log2):
+    """Some more keys and values, those that are `real`: largest score, sum of weights and weighted sums so far."""
+    scores = tl.dot(qa, tl.trans(ka), input_precision="ieee") + tl.dot(qb, tl.trans(kb), input_precision="ieee")
+    scores = tl.where(real[None, :], scores * scale_log2, LOWEST)
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    p = tl.where(real[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+    fade = tl.exp2(best - higher)
+    weight = weight * fade + tl.sum(p, axis=1)
+    ya = ya * fade[:, None] + tl.dot(p.to(va.dtype), va, input_precision="ieee")
+    yb = yb * fade[:, None] + tl.dot(p.to(vb.dtype), vb, input_precision="ieee")
+    return higher, weight, ya, yb
+
+
+@triton.jit
 def decode_attention_kernel(
     qkv, keys, values, positions, cos, sin, q_norm, k_norm, eps, sums, stats, arrived, out, G, S, D, HALF_D, scale_log2,
     R: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -48,11 +62,24 @@ def decode_attention_kernel(
     i = tl.arange(0, HALF)
     half = i < HALF_D
     inside = (r < R)[:, None] & half[None, :]
-    wait_for_the_kernel_before(EARLY)
+    # What earlier steps have left need not wait for the kernel ahead, whose result is the new token's alone: the place,
+    # its angles, and the first keys and values of this part. Parts are equal, in whole blocks.
     position = tl.load(positions + batch)
     fits = i < tl.where(position < S, HALF_D, 0)
     c = tl.load(cos + position.to(tl.int64) * HALF_D + i, mask=fits, other=0.0)
     s = tl.load(sin + position.to(tl.int64) * HALF_D + i, mask=fits, other=0.0)
+    base = bg * S * D
+    share = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
+    begin = split * share
+    end = tl.minimum(begin + share, position)
+    place = begin + tl.arange(0, BLOCK)
+    there = (place < end)[:, None] & half[None, :]
+    row = base + place.to(tl.int64)[:, None] * D + i[None, :]
+    ka = tl.load(keys + row, mask=there, other=0.0)
+    kb = tl.load(keys + row + HALF_D, mask=there, other=0.0)
+    va = tl.load(values + row, mask=there, other=0.0)
+    vb = tl.load(values + row + HALF_D, mask=there, other=0.0)
+    wait_for_the_kernel_before(EARLY)
 
     token = qkv + batch * (R + 2) * G * D
     query = token + (group * R + r)[:, None] * D + i[None, :]
@@ -70,7 +97,6 @@ def decode_attention_kernel(
     weight = tl.zeros((ROWS,), tl.float32)
     ya = tl.zeros((ROWS, HALF), tl.float32)
     yb = tl.zeros((ROWS, HALF), tl.float32)
-    base = bg * S * D
     if split == 0:
         # The new token's own key and value: no other block looks at their place in the cache.
         own = token + (R * G + group) * D + i
@@ -97,27 +123,16 @@ def decode_attention_kernel(
         ya += new_va.to(tl.float32)[None, :]
         yb += new_vb.to(tl.float32)[None, :]
 
-    # Equal parts of what was there before, in whole blocks.
-    share = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-    begin = split * share
-    end = tl.minimum(begin + share, position)
-    for s0 in range(begin, end, BLOCK):
+    best, weight, ya, yb = attend(best, weight, ya, yb, qa, qb, ka, kb, va, vb, place < end, scale_log2)
+    for s0 in range(begin + BLOCK, end, BLOCK):
         place = s0 + tl.arange(0, BLOCK)
         there = (place < end)[:, None] & half[None, :]
         row = base + place.to(tl.int64)[:, None] * D + i[None, :]
         ka = tl.load(keys + row, mask=there, other=0.0)
         kb = tl.load(keys + row + HALF_D, mask=there, other=0.0)
-        scores = tl.dot(qa, tl.trans(ka), input_precision="ieee") + tl.dot(qb, tl.trans(kb), input_precision="ieee")
-        scores = tl.where((place < end)[None, :], scores * scale_log2, LOWEST)
-        higher = tl.maximum(best, tl.max(scores, axis=1))
-        p = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(best - higher)
-        weight = weight * fade + tl.sum(p, axis=1)
         va = tl.load(values + row, mask=there, other=0.0)
         vb = tl.load(values + row + HALF_D, mask=there, other=0.0)
-        ya = ya * fade[:, None] + tl.dot(p.to(kind), va, input_precision="ieee")
-        yb = yb * fade[:, None] + tl.dot(p.to(kind), vb, input_precision="ieee")
-        best = higher
+        best, weight, ya, yb = attend(best, weight, ya, yb, qa, qb, ka, kb, va, vb, place < end, scale_log2)
 
     to_out = out + (batch * G + group) * R * D
     if SPLITS == 1:
