@@ -13,30 +13,27 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.algorithms.gptq import gptq
-from lowbit.algorithms.hqq import hqq_params
-from lowbit.algorithms.search import search_params
-from lowbit.calibrate import Statistics, run_blocks, static_scale
+from lowbit.algorithms.align import aligned
+from lowbit.calibrate import Moments, Statistics, run_blocks, static_scale
 from lowbit.configs import Config, Scheme
 from lowbit.errors import see
+from lowbit.fold import awq_, rotate_, smooth_
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
+from lowbit.graph import Layer, decoder_graph
+from lowbit.recipe import Recipe, parse_recipe, round_weight
 from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
+from lowbit.stages import run_stages
 from lowbit.tensor import QuantizedTensor
 
 FilterFn = Callable[[nn.Module, str], bool]
 Rule = Config | str | None
-Algorithm = Literal["rtn", "mse", "hqq", "gptq"]
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-# More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
-# in groups of 128 and 32768 tokens (docs/algorithms.md).
-DAMP = 0.05
 QUANTIZABLE = (nn.Linear, nn.Embedding, nn.Conv2d)
 
 
@@ -60,7 +57,7 @@ def quantize_(
     device: torch.device | str | None = None,
     *,
     calibration: Mapping[str, Statistics] | None = None,
-    algorithm: Algorithm = "rtn",
+    algorithm: str = "rtn",
     batches: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     on_nonfinite: Literal["error", "zero"] = "error",
@@ -84,8 +81,11 @@ def quantize_(
         algorithm: how values are chosen. `"rtn"` rounds to nearest under the format's own scales; `"mse"` searches for
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
-        batches, forward: inputs for `"gptq"`, as `calibrate` takes them. The model must consist of repeated blocks (an
-            `nn.ModuleList`), which are gone through one after the other on the model's device.
+            Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"` (docs/algorithms.md).
+        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them. The
+            model must consist of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on
+            the model's device.
         on_nonfinite: `"error"` names the layer and how many values are NaN or Inf; `"zero"` replaces them by 0.
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
@@ -93,10 +93,11 @@ def quantize_(
 
     Raises:
         ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, needs a calibrated
-            scale that is not there, or holds NaN or Inf; or batches and algorithm do not go together. Nothing has been
-            changed then.
+            scale that is not there, or holds NaN or Inf; the model's parts are not known to a step that must know them;
+            or batches and algorithm do not go together. Nothing has been quantized then, and a model that was rotated
+            already still computes the same.
     """
-    _check_algorithm(algorithm, batches)
+    recipe = _checked_recipe(algorithm, batches, on_nonfinite)
     started = time.perf_counter()
     rules = config.rules if isinstance(config, FqnToConfig) else config
     if isinstance(rules, Mapping):
@@ -120,11 +121,13 @@ def quantize_(
             report.layers.append(_skipped(name, module, reason or ""))
     if on_nonfinite != "zero":
         _refuse_nonfinite(work)
+    _refuse_stale_scales(work, recipe)
+    graph = decoder_graph(model) if recipe.steps else None
 
     done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
     finished = 0
 
-    def convert(item: Work, moments: Tensor | None = None) -> None:
+    def convert(item: Work, moments: Moments | None = None) -> None:
         nonlocal finished
         if progress is not None:
             progress(finished, len(work), item.name)
@@ -136,9 +139,9 @@ def quantize_(
             report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
             zero = on_nonfinite == "zero"
-            quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, algorithm, moments)
+            quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, recipe.rounding, moments)
             layer = _quantized(item, weight, quantized.nbytes_packed, sqnr)
-            if algorithm == "gptq" and moments is None:
+            if recipe.rounding == "gptq" and moments is None:
                 layer = replace(layer, note="no inputs seen: scales searched, rounded to nearest")
             report.layers.append(layer)
             parameter = nn.Parameter(quantized, requires_grad=False)
@@ -147,18 +150,42 @@ def quantize_(
                 done[key] = (parameter, item.name)
         item.module.weight = parameter
 
-    if algorithm == "gptq":
+    if device is not None and (graph is not None or recipe.needs_batches):
+        model.to(device)
+    if graph is not None and "rotation" in recipe.steps:
+        rotate_(model, graph)
+    if recipe.needs_batches:
         waiting = {item.name: item for item in work}
+        formats = {item.name: item.scheme.weight for item in work}
+        layers = {name: layer for layer in (graph.layers if graph else ()) for s in layer.stages for name in s}
 
-        def visit(moments: dict[str, Tensor]) -> None:
+        def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
+            if recipe.scaling == "awq":
+                return awq_(model, layer, moments, formats)
+            return smooth_(model, layer, moments) if recipe.scaling == "smoothquant" else moments
+
+        def visit(moments: dict[str, Moments]) -> None:
             for name in [n for n in moments if n in waiting]:
                 # A layer that met only zeros tells nothing of what matters in it.
-                if bool(moments[name].diagonal().any()):
+                if bool(moments[name].amax.any()):
                     convert(waiting.pop(name), moments[name])
 
-        if device is not None:
-            model.to(device)
-        run_blocks(model, batches or [], visit, forward)
+        def scale_and_visit(moments: dict[str, Moments]) -> None:
+            layer = next((layers[name] for name in moments if name in layers), None)
+            visit(moments if layer is None else scale(layer, moments))
+
+        if graph is not None and "align" in recipe.steps:
+            run_stages(
+                model,
+                graph,
+                batches or [],
+                visit,
+                forward,
+                wanted=formats.keys(),
+                prepare=scale if recipe.scaling else None,
+            )
+        else:
+            run_blocks(model, batches or [], scale_and_visit, forward)
         work = list(waiting.values())
     for item in work:
         convert(item)
@@ -170,17 +197,30 @@ def quantize_(
     return report
 
 
-def _check_algorithm(algorithm: str, batches: Iterable[Any] | None) -> None:
-    if algorithm not in ALGORITHMS:
+def _checked_recipe(algorithm: str, batches: Iterable[Any] | None, on_nonfinite: str) -> Recipe:
+    recipe = parse_recipe(algorithm)
+    if recipe.needs_batches != (batches is not None):
         raise ValueError(
-            f"quantize_: unknown algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}" + see("bad-option")
-        )
-    if (algorithm == "gptq") != (batches is not None):
-        raise ValueError(
-            "quantize_: algorithm 'gptq' needs batches=..., typical inputs of the model, and no other algorithm takes "
-            f"them; got algorithm {algorithm!r}" + (" without batches" if batches is None else " with batches")
-            + see("bad-option")
+            f"quantize_: algorithm {algorithm!r} "
+            + ("needs batches=..., typical inputs of the model" if recipe.needs_batches else "takes no batches")
+            + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant' and 'align'" + see("bad-option")
         )  # fmt: skip
+    if recipe.steps and on_nonfinite == "zero":
+        raise ValueError(
+            f"quantize_: on_nonfinite='zero' repairs weights one by one, {algorithm!r} mixes them before; repair the "
+            "model first" + see("bad-option")
+        )
+    return recipe
+
+
+def _refuse_stale_scales(work: list[Work], recipe: Recipe) -> None:
+    moving = [s for s in recipe.steps if s != "align"]
+    static = [item.name for item in work if item.act_scale is not None]
+    if moving and static:
+        raise ValueError(
+            f"quantize_: {static[0]} has a static activation scale, measured before {' and '.join(moving)} change its "
+            "input; use a config with dynamic activations" + see("bad-option")
+        )
 
 
 class Work(NamedTuple):
@@ -290,8 +330,8 @@ def _refuse_nonfinite(work: list[Work]) -> None:
 
 
 def _quantize_weight(
-    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, algorithm: Algorithm,
-    moments: Tensor | None,
+    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, rounding: str,
+    moments: Moments | None,
 ) -> tuple[QuantizedTensor, float | None]:  # fmt: skip
     w = weight.detach() if device is None else weight.detach().to(device)
     if zero_nonfinite:
@@ -299,28 +339,13 @@ def _quantize_weight(
     act_scale = None
     if item.act_scale is not None:
         act_scale = torch.full((1, 1), item.act_scale, dtype=torch.float32, device=w.device)
+    flat = w.reshape(w.shape[0], -1)
+    if moments is not None and moments.drift is not None:
+        flat = aligned(flat, moments.square, moments.drift)
     # Looked through already by `_refuse_nonfinite`, or repaired above.
-    weight_format, act = item.scheme
-    if algorithm == "rtn":
-        quantized = QuantizedTensor.from_float(w, weight_format, act, act_scale, check_finite=False)
-    else:
-        flat = w.reshape(w.shape[0], -1)
-        planes = _choose(flat, weight_format, algorithm, moments)
-        quantized = QuantizedTensor(planes, weight_format, w.shape, w.dtype, act, act_scale)
-    if not measure:
-        return quantized, None
-    return quantized, sqnr_db(w.reshape(w.shape[0], -1), quantized.planes, item.scheme.weight)
-
-
-def _choose(w: Tensor, fmt: Format, algorithm: Algorithm, moments: Tensor | None) -> Planes:
-    """All planes of `w (N, K)`, by any algorithm but rounding to nearest."""
-    if algorithm == "hqq":
-        params = hqq_params(w, fmt)
-    else:
-        params = search_params(w, fmt, None if moments is None else moments.diagonal())
-    if moments is None:
-        return fmt.quantize(w, params, check_finite=False)
-    return gptq(w, moments, fmt, params, damp=DAMP)
+    planes = round_weight(flat, item.scheme.weight, rounding, None if moments is None else moments.square)
+    quantized = QuantizedTensor(planes, item.scheme.weight, w.shape, w.dtype, item.scheme.act, act_scale)
+    return quantized, sqnr_db(flat, quantized.planes, item.scheme.weight) if measure else None
 
 
 def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
