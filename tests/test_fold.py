@@ -131,7 +131,28 @@ def test_heads_that_share_one_of_v_share_its_scales() -> None:
     ratio = (o_new := model.get_submodule(layer.at("self_attn.o_proj")).weight) / old
     assert not torch.equal(o_new, old)
     per_head = ratio[0].view(CONFIG.num_kv_heads, -1, CONFIG.head_dim)
-    assert torch.equal(per_head, per_head[:, :1].expand_as(per_head))
+    torch.testing.assert_close(per_head, per_head[:, :1].expand_as(per_head))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_models_of_transformers(family: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="models of transformers are folded where it is installed")
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    config = getattr(transformers, family + "Config")(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, tie_word_embeddings=True, **heads
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, family + "ForCausalLM")(config).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    wanted = model(tiny_ids()).logits
+    for edge in (graph := decoder_graph(model)).edges():
+        channels = model.get_submodule(edge.source).weight.shape[0]
+        scale_(model, edge, torch.exp2(torch.arange(channels) % 4 - 2.0))
+    assert torch.equal(model(tiny_ids()).logits, wanted)
+    rotate_(model, graph)
+    assert change(model(tiny_ids()).logits, wanted) < 1e-5
+    assert not model.config.tie_word_embeddings
 
 
 # Models whose parts are not known -----------------------------------------------------------------

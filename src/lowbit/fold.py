@@ -25,12 +25,18 @@ Formats = dict[str, Format]
 def scale_(model: nn.Module, edge: Edge, s: Tensor) -> None:
     """Divide the channels of `edge.source` by `s`, fp32 with one entry per channel, and multiply its readers' columns.
 
-    Where `s` holds powers of two the model's output stays the same, bit by bit, short of underflow.
+    The weight of a norm is rounded to its dtype, and what it was really divided by is what the readers get, so that no
+    channel is off by that rounding. Where `s` holds powers of two, the model's output stays bit by bit, short of
+    underflow.
     """
     source = model.get_submodule(edge.source)
-    _assign(source, "weight", _weight(source) / (s if _weight(source).dim() == 1 else s[:, None]))
+    old = _weight(source)
+    _assign(source, "weight", old / (s if old.dim() == 1 else s[:, None]))
     if isinstance(source, nn.Linear) and source.bias is not None:
         _assign(source, "bias", source.bias.float() / s)
+    elif old.dim() == 1:
+        exact = old.float() / _weight(source).float()
+        s = torch.where((old != 0) & exact.isfinite(), exact, s)
     for name in edge.readers:
         reader = model.get_submodule(name)
         _assign(reader, "weight", _weight(reader) * edge.to_readers(s))

@@ -41,7 +41,7 @@ class Edge:
         return x.view(-1, 1, self.head_dim).expand(-1, self.groups, -1).flatten()
 
     def to_source(self, x: Tensor) -> Tensor:
-        """The way back: the mean over sharers, exact for equal powers of two."""
+        """The way back: the mean over sharers."""
         return x.view(-1, self.groups, self.head_dim).mean(1).flatten()
 
 

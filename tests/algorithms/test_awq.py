@@ -7,7 +7,7 @@ import torch
 from cases import each_format, weights
 from torch import Tensor
 
-from lowbit.algorithms.awq import awq_scale, power_of_two_scale
+from lowbit.algorithms.awq import awq_scale, candidate_scale
 from lowbit.algorithms.gptq import output_error
 from lowbit.formats import Format, parse_format
 
@@ -34,7 +34,7 @@ def test_the_output_never_loses(fmt: Format) -> None:
     plain = output_error(w, fmt.quantize(w), h, fmt)
     assert error_of(w, fmt, h, s) <= plain * (1 + 1e-5)
     if fmt.spec in ("int4:g128", "int4:g64:asym", "int3:g64"):
-        assert error_of(w, fmt, h, s) < 0.9 * plain
+        assert error_of(w, fmt, h, s) < 0.7 * plain
 
 
 def test_it_is_the_best_of_the_grid() -> None:
@@ -45,18 +45,19 @@ def test_it_is_the_best_of_the_grid() -> None:
     ]
     h, grid = hessian(), (0.0, 0.3, 0.6, 0.9)
     found = awq_scale(many, h, grid=grid)
-    tried = [power_of_two_scale(h.diagonal().sqrt(), r) for r in grid]
+    tried = [candidate_scale(h.diagonal().sqrt(), r) for r in grid]
     total = [sum(error_of(w, fmt, h, s) for w, fmt in many) for s in tried]
     assert torch.equal(found, tried[total.index(min(total))])
     assert not bool((found == 1).all())
 
 
 @pytest.mark.parametrize("r", [0.0, 0.25, 1.0])
-def test_scales_are_powers_of_two_and_grow_with_the_input(r: float) -> None:
+def test_scales_grow_with_the_input(r: float) -> None:
     magnitude = torch.tensor([0.0, 1.0, 3.0, 40.0, 40.0])
-    s = power_of_two_scale(magnitude, r)
-    assert bool((s.frexp().mantissa == 0.5).all())
+    s = candidate_scale(magnitude, r)
     assert bool((s.diff() >= 0).all())
+    torch.testing.assert_close(s[-1] / s[1], torch.tensor(40.0**r))
+    torch.testing.assert_close(s.max() * s.min(), torch.tensor(1.0))
     assert s[3] == s[4]
     assert s[0] == s[1]
 
