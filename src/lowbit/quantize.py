@@ -9,10 +9,9 @@ Rules by name choose a config per layer; the first match wins, in the order exac
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,26 +27,9 @@ from lowbit.formats.elements import FloatElement
 from lowbit.graph import Layer, decoder_graph
 from lowbit.recipe import Recipe, parse_recipe, round_weight
 from lowbit.report import LayerReport, Report
-from lowbit.specs import parse_config
+from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
 from lowbit.stages import run_stages
 from lowbit.tensor import QuantizedTensor
-
-FilterFn = Callable[[nn.Module, str], bool]
-Rule = Config | str | None
-QUANTIZABLE = (nn.Linear, nn.Embedding, nn.Conv2d)
-
-
-@dataclass(frozen=True)
-class FqnToConfig:
-    """Layer names to configs. Keys are exact names, `re:` patterns (matched against the whole name) or `_default`
-    (every other Linear). A value of None leaves the layer alone."""
-
-    rules: Mapping[str, Rule] = field(default_factory=dict)
-
-
-def is_linear(module: nn.Module, name: str) -> bool:
-    """The default filter: every nn.Linear."""
-    return isinstance(module, nn.Linear)
 
 
 def quantize_(
@@ -99,13 +81,7 @@ def quantize_(
     """
     recipe = _checked_recipe(algorithm, batches, on_nonfinite)
     started = time.perf_counter()
-    rules = config.rules if isinstance(config, FqnToConfig) else config
-    if isinstance(rules, Mapping):
-        if filter_fn is not None:
-            raise ValueError("quantize_: give rules by name or a filter_fn, not both" + see("conflicting-rules"))
-        plan = _plan_by_rules(model, rules)
-    else:
-        plan = _plan_by_filter(model, _as_config(rules), filter_fn or is_linear)
+    plan = plan_of(model, config, filter_fn)
 
     report, work = Report(), list[Work]()
     for name, module, chosen in plan:
@@ -230,85 +206,6 @@ class Work(NamedTuple):
     module: nn.Module
     scheme: Scheme
     act_scale: float | None
-
-
-def why_not(module: nn.Module, scheme: Scheme) -> str | None:
-    """Why a module cannot take a scheme, or None if it can."""
-    if not isinstance(module, QUANTIZABLE):
-        return f"{type(module).__name__} is none of {', '.join(c.__name__ for c in QUANTIZABLE)}"
-    weight = module.weight
-    if isinstance(weight, QuantizedTensor):
-        return f"its weight is already {weight.format.spec}"
-    if weight.is_meta:
-        return "its weight is on the meta device and has no values; load the model first"
-    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-        return f"its weight is {weight.dtype}, not a 16- or 32-bit float"
-    if weight.numel() == 0:
-        return f"its weight is empty, shape {tuple(weight.shape)}"
-    if not isinstance(module, nn.Linear) and scheme.act is not None:
-        return f"only Linear takes quantized activations, this is {type(module).__name__}"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"padding_mode {module.padding_mode!r} pads outside the convolution; only 'zeros' is supported"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "max_norm rewrites the table while it is used"
-    return None
-
-
-# Which layers ------------------------------------------------------------------------------------
-
-Plan = list[tuple[str, nn.Module, Config | None]]
-
-
-def _as_config(rule: Config | str) -> Config:
-    if isinstance(rule, str):
-        return parse_config(rule)
-    if not isinstance(rule, Config):
-        raise TypeError(
-            f"quantize_: expected a config or its short name, got {type(rule).__name__}: {rule!r}"
-            + see("unknown-config")
-        )
-    return rule
-
-
-def _plan_by_filter(model: nn.Module, config: Config, filter_fn: FilterFn) -> Plan:
-    plan: Plan = [(name, m, config) for name, m in _modules(model) if filter_fn(m, name)]
-    if not plan:
-        raise ValueError(
-            "quantize_: filter_fn selected no layer; the default selects every nn.Linear" + see("no-layer-selected")
-        )
-    return plan
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(model.named_modules())
-
-
-def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
-    configs = {key: None if rule is None else _as_config(rule) for key, rule in rules.items()}
-    patterns = {key: re.compile(key[3:]) for key in rules if key.startswith("re:")}
-    used: set[str] = set()
-    plan: Plan = []
-    for name, module in _modules(model):
-        key: str | None = None
-        if name in configs and name not in patterns and name != "_default":
-            key = name
-        else:
-            # Patterns speak of layers; a pattern such as re:.* does not mean the containers around them.
-            key = next((p for p in patterns if isinstance(module, QUANTIZABLE) and patterns[p].fullmatch(name)), None)
-        if key is None and "_default" in configs and isinstance(module, nn.Linear):
-            key = "_default"
-        if key is not None:
-            used.add(key)
-            plan.append((name, module, configs[key]))
-    # `_default` may have nothing left to do; any other rule was meant for a layer.
-    unmatched = [key for key in configs if key not in used and key != "_default"]
-    if unmatched:
-        names = [n for n, m in _modules(model) if isinstance(m, QUANTIZABLE)]
-        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise ValueError(
-            f"quantize_: rules that match no layer: {unmatched}; layers are named {shown}" + see("rule-without-match")
-        )
-    return plan
 
 
 # One layer ---------------------------------------------------------------------------------------

@@ -33,10 +33,11 @@ from lowbit.cli.output import (
 from lowbit.errors import see
 from lowbit.explain import explain as explain_model
 from lowbit.models.llama import Llama
-from lowbit.quantize import Rule, quantize_
+from lowbit.quantize import quantize_
 from lowbit.recipe import ROUNDINGS, STEPS, parse_recipe
 from lowbit.report import LayerReport
 from lowbit.report import Report as QuantizeReport
+from lowbit.rules import Rule
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model

@@ -23,7 +23,7 @@ from lowbit.errors import see
 from lowbit.models import Llama, LlamaConfig, load_model
 from lowbit.models.hub import demo_model
 from lowbit.models.tokenizer import Tokenizer, load_tokenizer
-from lowbit.quantize import Rule
+from lowbit.rules import Rule
 from lowbit.specs import parse_config
 
 Kind = Literal["huggingface", "gguf", "checkpoint"]
