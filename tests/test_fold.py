@@ -180,6 +180,8 @@ def strange(what: str) -> nn.Module:
         layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
     elif what == "no Linear named 'lm_head'":
         model.lm_head = nn.Identity()  # type: ignore[assignment]
+    elif what == "most of its weights are in 'tower'":
+        model.tower = nn.ModuleList([nn.Linear(512, 512)])
     elif what == "0 lists":
         return nn.Sequential(nn.Linear(4, 4))
     return model
@@ -188,7 +190,7 @@ def strange(what: str) -> nn.Module:
 @pytest.mark.parametrize(
     "what",
     ["LayerNorm", "OneMore", "post_feedforward_layernorm", "lacks self_attn.q_proj", "shares its weight",
-     "no Linear named 'lm_head'", "0 lists"],
+     "no Linear named 'lm_head'", "most of its weights are in 'tower'", "0 lists"],
 )  # fmt: skip
 def test_unknown_models_are_refused_before_anything_changes(what: str) -> None:
     model = strange(what)

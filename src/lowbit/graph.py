@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.calibrate import blocks_of
 from lowbit.errors import see
 from lowbit.tensor import QuantizedTensor
 
@@ -102,6 +103,8 @@ def decoder_graph(model: nn.Module) -> DecoderGraph:
     if len(found) != 1 or not len(modules[found[0]]):  # type: ignore[arg-type]
         raise _unknown(model, f"it has {len(found)} lists of modules named 'layers', one is needed")
     blocks = found[0]
+    if (largest := blocks_of(model)[0]) != blocks:
+        raise _unknown(model, f"most of its weights are in {largest!r}, not in {blocks!r}")
     body = blocks.removesuffix("layers")  # with its dot
     embedding, norm, head = f"{body}embed_tokens", f"{body}norm", "lm_head"
     for name, kind in ((embedding, nn.Embedding), (norm, nn.Module), (head, nn.Linear)):

@@ -24,7 +24,7 @@ from lowbit.errors import see
 from lowbit.fold import awq_, rotate_, smooth_
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
-from lowbit.graph import Layer, decoder_graph
+from lowbit.graph import DecoderGraph, Layer, decoder_graph
 from lowbit.recipe import Recipe, parse_recipe, round_weight
 from lowbit.report import LayerReport, Report
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
@@ -101,12 +101,12 @@ def quantize_(
     graph = decoder_graph(model) if recipe.steps else None
 
     done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
-    finished = 0
+    finished, total = 0, len(work)
 
     def convert(item: Work, moments: Moments | None = None) -> None:
         nonlocal finished
         if progress is not None:
-            progress(finished, len(work), item.name)
+            progress(finished, total, item.name)
         finished += 1
         weight: nn.Parameter = item.module.weight  # type: ignore[assignment]
         key = (id(weight), item.scheme)
@@ -132,13 +132,6 @@ def quantize_(
         rotate_(model, graph)
     if recipe.needs_batches:
         waiting = {item.name: item for item in work}
-        formats = {item.name: item.scheme.weight for item in work}
-        layers = {name: layer for layer in (graph.layers if graph else ()) for s in layer.stages for name in s}
-
-        def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
-            if recipe.scaling == "awq":
-                return awq_(model, layer, moments, formats)
-            return smooth_(model, layer, moments) if recipe.scaling == "smoothquant" else moments
 
         def visit(moments: dict[str, Moments]) -> None:
             for name in [n for n in moments if n in waiting]:
@@ -146,22 +139,8 @@ def quantize_(
                 if bool(moments[name].amax.any()):
                     convert(waiting.pop(name), moments[name])
 
-        def scale_and_visit(moments: dict[str, Moments]) -> None:
-            layer = next((layers[name] for name in moments if name in layers), None)
-            visit(moments if layer is None else scale(layer, moments))
-
-        if graph is not None and "align" in recipe.steps:
-            run_stages(
-                model,
-                graph,
-                batches or [],
-                visit,
-                forward,
-                wanted=formats.keys(),
-                prepare=scale if recipe.scaling else None,
-            )
-        else:
-            run_blocks(model, batches or [], scale_and_visit, forward)
+        formats = {item.name: item.scheme.weight for item in work}
+        _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit)
         work = list(waiting.values())
     for item in work:
         convert(item)
@@ -171,6 +150,27 @@ def quantize_(
     report.layers.sort(key=lambda r: order[r.name])
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _visit_inputs(
+    model: nn.Module, recipe: Recipe, graph: DecoderGraph | None, formats: dict[str, Format], batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None, visit: Callable[[dict[str, Moments]], None],
+) -> None:  # fmt: skip
+    """Call `visit` with the moments of every Linear that runs, as they are after the scaling that a recipe asks for."""
+
+    def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
+        if recipe.scaling == "awq":
+            return awq_(model, layer, moments, formats)
+        return smooth_(model, layer, moments) if recipe.scaling == "smoothquant" else moments
+
+    if graph is None:
+        run_blocks(model, batches, visit, forward)
+    elif "align" in recipe.steps:
+        prepare = scale if recipe.scaling else None
+        run_stages(model, graph, batches, visit, forward, wanted=formats.keys(), prepare=prepare)
+    else:
+        layers = iter(graph.layers)
+        run_blocks(model, batches, lambda moments: visit(scale(next(layers), moments)), forward)
 
 
 def _checked_recipe(algorithm: str, batches: Iterable[Any] | None, on_nonfinite: str) -> Recipe:

@@ -80,4 +80,5 @@ def round_weight(w: Tensor, fmt: Format, rounding: str, hessian: Tensor | None) 
     params = search_params(w, fmt, None if hessian is None else hessian.diagonal())
     if rounding == "mse" or hessian is None:
         return fmt.quantize(w, params, check_finite=False)
-    return gptq(w, hessian, fmt, params, damp=DAMP)
+    # Scales are chosen beforehand, so that the order costs nothing (docs/algorithms.md).
+    return gptq(w, hessian, fmt, params, damp=DAMP, act_order=True)

@@ -53,7 +53,7 @@ def rotated_reader(w: Tensor, q: Tensor, gain: Tensor | None = None) -> Tensor:
     A smaller `q (h, h)` turns each h columns alike.
     """
     w = w.double() if gain is None else w.double() * gain.double()
-    return (w.view(w.shape[0], -1, q.shape[0]) @ q).flatten(1)
+    return (w.reshape(w.shape[0], -1, q.shape[0]) @ q).flatten(1)
 
 
 def rotated_writer(w: Tensor, q: Tensor) -> Tensor:
