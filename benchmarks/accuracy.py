@@ -55,7 +55,8 @@ def main() -> int:
 
     def add(config: str, algorithm: str, seconds: float, model: torch.nn.Module, bits: float) -> None:
         q = evaluate(model, measured, reference, args.window)
-        rows.append({"config": config, "algorithm": algorithm, "bits_per_weight": bits, "seconds": seconds, **vars(q)})
+        # `seconds` is the time of the quantization, not of the evaluation.
+        rows.append({"config": config, "algorithm": algorithm, "bits_per_weight": bits, **vars(q), "seconds": seconds})
         kl = "" if q.kl_mean is None else f"KL {q.kl_mean:.4f} top-1 {100 * (q.top1_agreement or 0):.1f} %"
         print(f"{config:16} {algorithm:24} perplexity {q.perplexity:10.2f} {kl} {seconds:.0f} s", flush=True)
         if args.out:
