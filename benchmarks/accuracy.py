@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py MODEL --out benchmarks/results/NAME.json
 
 MODEL is what the command line takes. Calibration and evaluation use different parts of the packaged text, or the files
-given. Every row starts from the original; all are compared with it token by token.
+given. Every row starts from the original; all are compared with it token by token. Rows that the output file has
+already, measured in the same way, are kept: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowbit.quantize import ALGORITHMS, quantize_
+from lowbit.quantize import quantize_
+from lowbit.recipe import ROUNDINGS, parse_recipe
 from lowbit.specs import parse_config
 from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
 from lowbit.tools.sources import find_source, rules_for, variant
@@ -31,9 +34,9 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--configs", default=CONFIGS)
-    parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
+    parser.add_argument("--algorithms", default=",".join(ROUNDINGS), help="words as quantize_ takes them")
     parser.add_argument("--text", type=Path, help="what is evaluated; default: the packaged prose")
-    parser.add_argument("--calibration", type=Path, help="what GPTQ sees; default: the end of the packaged prose")
+    parser.add_argument("--calibration", type=Path, help="what algorithms see; default: the end of the packaged prose")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=1024)
@@ -45,16 +48,17 @@ def main() -> int:
     seen = seen[: args.calibration_tokens] if args.calibration else seen[-args.calibration_tokens :]
     seen = seen[: len(seen) // args.window * args.window]
     if not args.calibration and len(ids) < args.tokens + len(seen):
-        parser.error("the text is too short to keep what is evaluated apart from what GPTQ sees")
+        parser.error("the text is too short to keep what is evaluated apart from what algorithms see")
     measured = ids[: args.tokens]
     reference = reference_of(original, measured, args.window)
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(config: str, algorithm: str, seconds: float, model: torch.nn.Module, bits: float) -> None:
         q = evaluate(model, measured, reference, args.window)
-        rows.append({"config": config, "algorithm": algorithm, "bits_per_weight": bits, "seconds": seconds, **vars(q)})
+        # `seconds` is the time of the quantization, not of the evaluation.
+        rows.append({"config": config, "algorithm": algorithm, "bits_per_weight": bits, **vars(q), "seconds": seconds})
         kl = "" if q.kl_mean is None else f"KL {q.kl_mean:.4f} top-1 {100 * (q.top1_agreement or 0):.1f} %"
-        print(f"{config:16} {algorithm:5} perplexity {q.perplexity:10.2f} {kl} {seconds:.0f} s", flush=True)
+        print(f"{config:16} {algorithm:24} perplexity {q.perplexity:10.2f} {kl} {seconds:.0f} s", flush=True)
         if args.out:
             args.out.write_text(json.dumps({"info": info, "rows": rows}, indent=1) + "\n")
 
@@ -62,13 +66,23 @@ def main() -> int:
         "command": "python " + " ".join(sys.argv), "model": source.path.resolve().name, "torch": torch.__version__,
         "python": platform.python_version(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
         "tokens": args.tokens, "calibration_tokens": len(seen), "window": args.window,
+        "text": args.text.name if args.text else "packaged", "calibration": args.calibration and args.calibration.name,
     }  # fmt: skip
-    add("bf16", "", 0.0, original, 16.0)
+    if args.out and args.out.exists():
+        kept = json.loads(args.out.read_text())
+        if any(kept["info"].get(key) != value for key, value in info.items() if key not in ("command", "date")):
+            parser.error(f"{args.out} was measured in another way: {kept['info']}; give another --out")
+        info, rows = kept["info"] | {"command": info["command"]}, kept["rows"]
+    done = {(row["config"], row["algorithm"]) for row in rows}
+    if not rows:
+        add("bf16", "", 0.0, original, 16.0)
     for config, algorithm in product(args.configs.split(","), args.algorithms.split(",")):
+        if (config, algorithm) in done:
+            continue
         model = variant(original)
         started = time.perf_counter()
-        batches = list(seen.view(-1, 1, args.window)) if algorithm == "gptq" else None
-        quantize_(model, rules_for(model, config, {}), algorithm=algorithm, batches=batches, measure=False)  # type: ignore[arg-type]
+        batches = list(seen.view(-1, 1, args.window)) if parse_recipe(algorithm).needs_batches else None
+        quantize_(model, rules_for(model, config, {}), algorithm=algorithm, batches=batches, measure=False)
         add(config, algorithm, time.perf_counter() - started, model, parse_config(config).scheme.weight.bits_per_weight)
     return 0
 

@@ -154,6 +154,30 @@ def accuracy_rows() -> list[Cells]:
     ]
 
 
+def steps_rows() -> list[Cells]:
+    """Of `accuracy.py` with steps before the rounding: what was lost, and whether the goal is met.
+
+    Of int4, the share of rounding's loss in perplexity that is brought back; of 8-bit activations, the loss itself.
+    """
+    _, result = newest("cpu_*_accuracy_steps.json")
+    base = result["rows"][0]["perplexity"]
+    rtn = {r["config"]: r["perplexity"] for r in result["rows"] if r["algorithm"] == "rtn"}
+    rows: list[Cells] = []
+    for r in result["rows"][1:]:
+        config, algorithm, perplexity = r["config"], r["algorithm"], r["perplexity"]
+        if config.startswith("int4"):
+            goal = 0.7 if "+" in algorithm or algorithm == "align" else 0.6
+            got = (rtn[config] - perplexity) / (rtn[config] - base)
+            words, met = (f"{100 * got:.0f} % of the gap closed", f">= {100 * goal:.0f} %"), got >= goal
+        else:
+            goal, got = (0.01 if algorithm == "rtn" else 0.005), perplexity / base - 1
+            words, met = (f"{100 * got:+.1f} % perplexity", f"<= {100 * goal:.1f} %"), got <= goal
+        verdict = "" if algorithm == "rtn" and config.startswith("int4") else "met" if met else "missed"
+        loss = f"{r['kl_mean']:.3f} ({perplexity:.1f})"
+        rows.append((f"`{config}`", f"`{algorithm}`", loss, *(words if verdict else ("", "")), verdict))
+    return rows
+
+
 def demo_rows() -> list[Cells]:
     """Of `lowbit demo`: every config on its real language model."""
     _, result = newest("cpu_*_demo.json")
@@ -197,6 +221,9 @@ TABLES = {
     ),
     "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
     "accuracy": Table("docs/algorithms.md", ("config", "bits per weight", "rtn", "mse", "hqq", "gptq"), accuracy_rows),
+    "steps": Table(
+        "docs/algorithms.md", ("config", "algorithm", "KL (perplexity)", "measured", "goal", ""), steps_rows
+    ),
     "linear": Table(
         "docs/measured.md", ("weight", "M = 1, us", "read alone", "share", "speed-up", "M = 16", "M = 128"), linear_rows
     ),

@@ -8,7 +8,7 @@ from tiny_llama import tiny_ids, tiny_llama
 from torch import nn
 
 import lowbit
-from lowbit.calibrate import Statistics, run_blocks, static_scale
+from lowbit.calibrate import Moments, Statistics, run_blocks, static_scale
 from lowbit.formats.activation import parse_activation
 
 
@@ -83,12 +83,14 @@ def test_moments_are_those_of_each_layers_input() -> None:
         model(ids)
     for h in hooks:
         h.remove()
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Moments] = {}
     run_blocks(model, batches, found.update)
     assert set(found) == {f"model.layers.{name}" for name in seen}
     for name, inputs in seen.items():
         x = torch.cat([bounded(t.flatten(0, 1)) for t in inputs]).double()
-        torch.testing.assert_close(found[f"model.layers.{name}"].double(), x.T @ x, rtol=1e-4, atol=1e-3)
+        square, amax, _ = found[f"model.layers.{name}"]
+        torch.testing.assert_close(square.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+        assert torch.equal(amax, torch.cat([t.flatten(0, 1) for t in inputs]).abs().amax(0))
     # What is fed by one tensor is summed up once.
     assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
     assert found["model.layers.0.mlp.gate_proj"] is not found["model.layers.0.mlp.down_proj"]
@@ -97,21 +99,25 @@ def test_moments_are_those_of_each_layers_input() -> None:
 
 def test_a_block_sees_what_the_changed_blocks_before_it_make() -> None:
     model, ids = tiny_llama(), tiny_ids()
-    plain: dict[str, torch.Tensor] = {}
+    plain: dict[str, Moments] = {}
     run_blocks(model, [ids], plain.update)
-    after: dict[str, torch.Tensor] = {}
+    after: dict[str, Moments] = {}
 
-    def visit(moments: dict[str, torch.Tensor]) -> None:
+    def visit(moments: dict[str, Moments]) -> None:
         after.update(moments)
         if "model.layers.0.mlp.down_proj" in moments:
             model.model.layers[0].mlp.down_proj.weight.zero_()
 
     run_blocks(model, [ids], visit)
-    assert torch.equal(after["model.layers.0.self_attn.q_proj"], plain["model.layers.0.self_attn.q_proj"])
-    changed: dict[str, torch.Tensor] = {}
+    assert torch.equal(after["model.layers.0.self_attn.q_proj"].square, plain["model.layers.0.self_attn.q_proj"].square)
+    changed: dict[str, Moments] = {}
     run_blocks(model, [ids], changed.update)
-    assert torch.equal(after["model.layers.1.self_attn.q_proj"], changed["model.layers.1.self_attn.q_proj"])
-    assert not torch.equal(after["model.layers.1.self_attn.q_proj"], plain["model.layers.1.self_attn.q_proj"])
+    assert torch.equal(
+        after["model.layers.1.self_attn.q_proj"].square, changed["model.layers.1.self_attn.q_proj"].square
+    )
+    assert not torch.equal(
+        after["model.layers.1.self_attn.q_proj"].square, plain["model.layers.1.self_attn.q_proj"].square
+    )
 
 
 def test_models_without_blocks_are_refused() -> None:
@@ -133,7 +139,7 @@ def test_models_without_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers\.0: the output of a block"):
         run_blocks(Pool(), [torch.zeros(1, 4)], lambda _: None)
     # Also where it is the last one: before anything has been changed.
-    model, visited = Pool(), list[dict[str, torch.Tensor]]()
+    model, visited = Pool(), list[dict[str, Moments]]()
     model.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
     with pytest.raises(ValueError, match=r"layers\.1: the output of a block"):
         run_blocks(model, [torch.zeros(1, 4)], visited.append)
@@ -156,7 +162,7 @@ class Residual(nn.Module):
 
 def test_models_that_do_more_than_run_their_blocks_are_refused() -> None:
     torch.manual_seed(0)
-    visited: list[dict[str, torch.Tensor]] = []
+    visited: list[dict[str, Moments]] = []
     with pytest.raises(ValueError, match="do not give what the model gives"):
         run_blocks(Residual(between=True), [torch.randn(8, 4)], visited.append)
     with pytest.raises(ValueError, match="training mode"):

@@ -95,6 +95,19 @@ def test_gptq_sees_a_text(model, tmp_path):
     run("quantize", model, tmp_path / "y", "-c", "int8wo", "-a", "gptq", "--calibration", text, code=2)
 
 
+def test_steps_before_rounding(model, tmp_path):
+    """A rotation unties the output projection, also in what is saved."""
+    text = tmp_path / "text.txt"
+    text.write_text("The sky is blue because the air scatters light. " * 20)
+    run("quantize", model, tmp_path / "o", "-c", "int8wo", "-a", "rotation+awq+align", "--calibration", text)
+    loaded, original = find_source(str(tmp_path / "o")).model(), find_source(str(model)).model()
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    ids = torch.arange(12).view(1, -1)
+    got, wanted = loaded(ids).float(), original(ids).float()
+    assert (got - wanted).norm() < 0.2 * wanted.norm()  # 8 bits and bf16; an unrotated projection would be 1.4 away
+    assert not torch.allclose(loaded.model.embed_tokens.weight, original.model.embed_tokens.weight)
+
+
 def test_static_configs_are_calibrated(model, tmp_path):
     run("quantize", model, tmp_path / "o", "-c", "float8sq")
     weight = find_source(str(tmp_path / "o")).model().model.layers[0].mlp.up_proj.weight

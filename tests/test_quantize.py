@@ -305,5 +305,5 @@ def test_batches_and_algorithms_go_together() -> None:
     model = tiny_llama()
     for algorithm, batches in (("gptq", None), ("mse", [tiny_ids()]), ("best", None)):
         with pytest.raises(ValueError, match=r"\[lowbit: bad-option\]"):
-            quantize_(model, "int4wo-16", algorithm=algorithm, batches=batches)  # type: ignore[arg-type]
+            quantize_(model, "int4wo-16", algorithm=algorithm, batches=batches)
     assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())

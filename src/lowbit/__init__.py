@@ -32,8 +32,10 @@ from lowbit.formats import parse_format
 from lowbit.granularity import PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 from lowbit.kernels.problem import UnsupportedError, batch_invariant
 from lowbit.kernels.select import use_kernel
-from lowbit.quantize import FqnToConfig, quantize_
+from lowbit.qat import convert_qat_, prepare_qat_
+from lowbit.quantize import quantize_
 from lowbit.report import Report
+from lowbit.rules import FqnToConfig
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.warmup import warmup
@@ -76,10 +78,12 @@ __all__ = [
     "__version__",
     "batch_invariant",
     "calibrate",
+    "convert_qat_",
     "explain",
     "load",
     "parse_config",
     "parse_format",
+    "prepare_qat_",
     "quantize_",
     "save",
     "use_kernel",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,10 +113,27 @@ class _InputCaught(Exception):
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class Moments(NamedTuple):
+    """Sums over all inputs `X (tokens, K)` of a layer in fp32, the few very long ones shortened.
+
+    `square (K, K)` is `X^T X`, `amax (K,)` the largest magnitude of each channel before anything is shortened. Where
+    the original model runs beside, `drift (K, K)` is `(X0 - X)^T X`, X0 being the inputs there.
+    """
+
+    square: Tensor
+    amax: Tensor
+    drift: Tensor | None = None
+
+    def divided(self, s: Tensor) -> Moments:
+        """The moments of inputs whose channels were divided by `s (K,)`."""
+        both = s * s[:, None]
+        return Moments(self.square / both, self.amax / s, None if self.drift is None else self.drift / both)
+
+
 def run_blocks(
     model: nn.Module,
     batches: Iterable[Any],
-    visit: Callable[[dict[str, Tensor]], None],
+    visit: Callable[[dict[str, Moments]], None],
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> None:
     """Go through the blocks of `model` in order; for each, collect second moments, call `visit`, and run it again.
@@ -127,13 +144,25 @@ def run_blocks(
 
     Args:
         batches, forward: as for `calibrate`.
-        visit: called with `{name of a Linear: X^T X}` of one block; `X (tokens, K)` are all inputs of that layer, the
-            few very long ones shortened, and the sum `(K, K)` is fp32. Layers that share an input share the tensor.
+        visit: called with `{name of a Linear: its moments}` of one block. Layers that share an input share them.
 
     Raises:
         ValueError: no batch was given, the model has no blocks, or it does more than to pass the output of each block
             to the next: it computes in between, gives blocks different masks, fills a cache, or drops out at random.
     """
+    prefix, blocks, inputs = first_inputs(model, batches, forward)
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            visit(moments_of(f"{prefix}.{i}", block, inputs))
+            if i + 1 < len(blocks):
+                for j, call in enumerate(inputs):
+                    inputs[j] = following(f"{prefix}.{i}", block, call)
+
+
+def first_inputs(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None
+) -> tuple[str, nn.ModuleList, list[Call]]:
+    """The blocks of a model, their name, and how each batch calls the first of them; arguments and errors as above."""
     prefix, blocks = blocks_of(model)
     inputs: list[Call] = []
     wanted: list[Tensor] = []
@@ -164,7 +193,7 @@ def run_blocks(
     with torch.no_grad():
         last = call = inputs[0]
         for i, block in enumerate(blocks):
-            last, call = call, _next(f"{prefix}.{i}", block, call)
+            last, call = call, following(f"{prefix}.{i}", block, call)
         # Not `==`: on a GPU two runs of one layer may add in different orders.
         if not wanted or not _near(last[0][0], wanted[0]):
             raise ValueError(
@@ -172,14 +201,10 @@ def run_blocks(
                 "something between them, give them different masks, fill a cache (pass use_cache=False), change its "
                 "input in place, or be in training mode (call eval())" + see("no-blocks")
             )
-        for i, block in enumerate(blocks):
-            visit(_moments(f"{prefix}.{i}", block, inputs))
-            if i + 1 < len(blocks):
-                for j, call in enumerate(inputs):
-                    inputs[j] = _next(f"{prefix}.{i}", block, call)
+    return prefix, blocks, inputs
 
 
-def _next(name: str, block: nn.Module, call: Call) -> Call:
+def following(name: str, block: nn.Module, call: Call) -> Call:
     """Run a block; how to call the one after it."""
     args, kwargs = call
     out = block(*args, **kwargs)
@@ -196,8 +221,8 @@ def _near(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and bool((x - y).float().norm() <= 1e-2 * y.float().norm())
 
 
-def _bounded(x: Tensor) -> Tensor:
-    """Rows of `x (M, K)` no longer than twice their median length.
+def shortened(x: Tensor) -> Tensor:
+    """Factors `(M, 1)` that leave rows of `x (M, K)` no longer than twice their median length.
 
     A language model gives a few tokens, mostly the first of a text, inputs hundreds of times as large as others (Sun et
     al., "Massive Activations in Large Language Models", arXiv:2402.17762). Unbounded, one of them outweighs a thousand
@@ -205,12 +230,30 @@ def _bounded(x: Tensor) -> Tensor:
     """
     length = x.norm(dim=1, keepdim=True)
     share: Tensor = 2 * length.median() / length.clamp(min=torch.finfo(x.dtype).tiny)
-    return x * share.clamp(max=1)
+    return share.clamp(max=1)
 
 
-def _moments(name: str, block: nn.Module, inputs: list[Call]) -> dict[str, Tensor]:
-    """`X^T X` of every Linear of a block, rows of X bounded; layers called with the same tensor share theirs."""
-    found: dict[str, Tensor] = {}
+def added(moments: Moments | None, x: Tensor, original: Tensor | None = None) -> Moments:
+    """Moments of a batch `x (..., K)` and all before it, summed in place; `original` has the same tokens."""
+    flat = x.detach().reshape(-1, x.shape[-1]).float()
+    if moments is None:
+        k = flat.shape[1]
+        drift = None if original is None else flat.new_zeros(k, k)
+        moments = Moments(flat.new_zeros(k, k), flat.new_zeros(k), drift)
+    if not flat.numel():
+        return moments
+    torch.maximum(moments.amax, flat.abs().amax(0), out=moments.amax)
+    share = shortened(flat)
+    if moments.drift is not None and original is not None:
+        moments.drift.addmm_(((original.detach().reshape(flat.shape).float() - flat) * share).T, flat * share)
+    flat = flat * share
+    moments.square.addmm_(flat.T, flat)
+    return moments
+
+
+def moments_of(name: str, block: nn.Module, inputs: list[Call]) -> dict[str, Moments]:
+    """Moments of every Linear of a block; layers called with the same tensor share theirs."""
+    found: dict[str, Moments] = {}
     last: tuple[Tensor, str] | None = None
 
     def add(linear: str, x: Tensor) -> None:
@@ -219,11 +262,7 @@ def _moments(name: str, block: nn.Module, inputs: list[Call]) -> dict[str, Tenso
             found[linear] = found[last[1]]
             return
         last = x, linear
-        flat = _bounded(x.detach().reshape(-1, x.shape[-1]).float())
-        if linear in found:
-            found[linear].addmm_(flat.T, flat)
-        else:
-            found[linear] = flat.T @ flat
+        found[linear] = added(found.get(linear), x)
 
     hooks = [
         m.register_forward_pre_hook(lambda _, args, linear=f"{name}.{n}" if n else name: add(linear, args[0]))

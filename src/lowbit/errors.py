@@ -34,6 +34,7 @@ PAGES: dict[str, str] = {
     "op-not-defined": "A PyTorch operation was called on a quantized weight that cannot be done on packed codes.",
     "reference-mismatch": "A model was compared with a reference that was made from another text.",
     "rule-without-match": "A rule names no layer of the model.",
+    "unknown-architecture": "An algorithm must know which module feeds which, and does not know this model.",
     "unknown-config": "A config's short name does not exist, or something else was given in its place.",
     "unknown-format": "A format spec begins with a word that no family has.",
     "unknown-kernel": "`use_kernel` was given a name that no kernel has.",

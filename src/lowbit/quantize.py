@@ -9,48 +9,27 @@ Rules by name choose a config per layer; the first match wins, in the order exac
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.algorithms.gptq import gptq
-from lowbit.algorithms.hqq import hqq_params
-from lowbit.algorithms.search import search_params
-from lowbit.calibrate import Statistics, run_blocks, static_scale
+from lowbit.algorithms.align import aligned
+from lowbit.calibrate import Moments, Statistics, run_blocks, static_scale
 from lowbit.configs import Config, Scheme
 from lowbit.errors import see
+from lowbit.fold import awq_, rotate_, smooth_
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
+from lowbit.graph import DecoderGraph, Layer, decoder_graph
+from lowbit.recipe import Recipe, parse_recipe, round_weight
 from lowbit.report import LayerReport, Report
-from lowbit.specs import parse_config
+from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
+from lowbit.stages import run_stages
 from lowbit.tensor import QuantizedTensor
-
-FilterFn = Callable[[nn.Module, str], bool]
-Rule = Config | str | None
-Algorithm = Literal["rtn", "mse", "hqq", "gptq"]
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-# More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
-# in groups of 128 and 32768 tokens (docs/algorithms.md).
-DAMP = 0.05
-QUANTIZABLE = (nn.Linear, nn.Embedding, nn.Conv2d)
-
-
-@dataclass(frozen=True)
-class FqnToConfig:
-    """Layer names to configs. Keys are exact names, `re:` patterns (matched against the whole name) or `_default`
-    (every other Linear). A value of None leaves the layer alone."""
-
-    rules: Mapping[str, Rule] = field(default_factory=dict)
-
-
-def is_linear(module: nn.Module, name: str) -> bool:
-    """The default filter: every nn.Linear."""
-    return isinstance(module, nn.Linear)
 
 
 def quantize_(
@@ -60,7 +39,7 @@ def quantize_(
     device: torch.device | str | None = None,
     *,
     calibration: Mapping[str, Statistics] | None = None,
-    algorithm: Algorithm = "rtn",
+    algorithm: str = "rtn",
     batches: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     on_nonfinite: Literal["error", "zero"] = "error",
@@ -84,8 +63,11 @@ def quantize_(
         algorithm: how values are chosen. `"rtn"` rounds to nearest under the format's own scales; `"mse"` searches for
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
-        batches, forward: inputs for `"gptq"`, as `calibrate` takes them. The model must consist of repeated blocks (an
-            `nn.ModuleList`), which are gone through one after the other on the model's device.
+            Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"` (docs/algorithms.md).
+        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them. The
+            model must consist of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on
+            the model's device.
         on_nonfinite: `"error"` names the layer and how many values are NaN or Inf; `"zero"` replaces them by 0.
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
@@ -93,13 +75,14 @@ def quantize_(
 
     Raises:
         ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, needs a calibrated
-            scale that is not there, or holds NaN or Inf; or batches and algorithm do not go together. Nothing has been
-            changed then.
+            scale that is not there, or holds NaN or Inf; the model's parts are not known to a step that must know them;
+            or batches and algorithm do not go together. Nothing has been quantized then, and a model that was rotated
+            already still computes the same.
     """
-    _check_algorithm(algorithm, batches)
+    recipe = _checked_recipe(algorithm, batches, on_nonfinite)
     started = time.perf_counter()
     report, work = Report(), list[Work]()
-    for name, module, chosen in plan(model, config, filter_fn):
+    for name, module, chosen in plan_of(model, config, filter_fn):
         reason = "left as it is by a rule" if chosen is None else why_not(module, chosen.scheme)
         if reason is None and chosen is not None:
             work.append(Work(name, module, chosen.scheme, _static_scale(name, chosen, calibration)))
@@ -112,14 +95,16 @@ def quantize_(
             report.layers.append(skipped(name, module, reason or ""))
     if on_nonfinite != "zero":
         _refuse_nonfinite(work)
+    _refuse_stale_scales(work, recipe)
+    graph = decoder_graph(model) if recipe.steps else None
 
     done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
-    finished = 0
+    finished, total = 0, len(work)
 
-    def convert(item: Work, moments: Tensor | None = None) -> None:
+    def convert(item: Work, moments: Moments | None = None) -> None:
         nonlocal finished
         if progress is not None:
-            progress(finished, len(work), item.name)
+            progress(finished, total, item.name)
         finished += 1
         weight: nn.Parameter = item.module.weight  # type: ignore[assignment]
         key = (id(weight), item.scheme)
@@ -128,9 +113,9 @@ def quantize_(
             report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
             zero = on_nonfinite == "zero"
-            quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, algorithm, moments)
+            quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, recipe.rounding, moments)
             layer = _quantized(item, weight, quantized.nbytes_packed, sqnr)
-            if algorithm == "gptq" and moments is None:
+            if recipe.rounding == "gptq" and moments is None:
                 layer = replace(layer, note="no inputs seen: scales searched, rounded to nearest")
             report.layers.append(layer)
             parameter = nn.Parameter(quantized, requires_grad=False)
@@ -139,18 +124,21 @@ def quantize_(
                 done[key] = (parameter, item.name)
         item.module.weight = parameter
 
-    if algorithm == "gptq":
+    if device is not None and (graph is not None or recipe.needs_batches):
+        model.to(device)
+    if graph is not None and "rotation" in recipe.steps:
+        rotate_(model, graph)
+    if recipe.needs_batches:
         waiting = {item.name: item for item in work}
 
-        def visit(moments: dict[str, Tensor]) -> None:
+        def visit(moments: dict[str, Moments]) -> None:
             for name in [n for n in moments if n in waiting]:
                 # A layer that met only zeros tells nothing of what matters in it.
-                if bool(moments[name].diagonal().any()):
+                if bool(moments[name].amax.any()):
                     convert(waiting.pop(name), moments[name])
 
-        if device is not None:
-            model.to(device)
-        run_blocks(model, batches or [], visit, forward)
+        formats = {item.name: item.scheme.weight for item in work}
+        _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit)
         work = list(waiting.values())
     for item in work:
         convert(item)
@@ -162,17 +150,51 @@ def quantize_(
     return report
 
 
-def _check_algorithm(algorithm: str, batches: Iterable[Any] | None) -> None:
-    if algorithm not in ALGORITHMS:
+def _visit_inputs(
+    model: nn.Module, recipe: Recipe, graph: DecoderGraph | None, formats: dict[str, Format], batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None, visit: Callable[[dict[str, Moments]], None],
+) -> None:  # fmt: skip
+    """Call `visit` with the moments of every Linear that runs, as they are after the scaling that a recipe asks for."""
+
+    def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
+        if recipe.scaling == "awq":
+            return awq_(model, layer, moments, formats)
+        return smooth_(model, layer, moments) if recipe.scaling == "smoothquant" else moments
+
+    if graph is None:
+        run_blocks(model, batches, visit, forward)
+    elif "align" in recipe.steps:
+        prepare = scale if recipe.scaling else None
+        run_stages(model, graph, batches, visit, forward, wanted=formats.keys(), prepare=prepare)
+    else:
+        layers = iter(graph.layers)
+        run_blocks(model, batches, lambda moments: visit(scale(next(layers), moments)), forward)
+
+
+def _checked_recipe(algorithm: str, batches: Iterable[Any] | None, on_nonfinite: str) -> Recipe:
+    recipe = parse_recipe(algorithm)
+    if recipe.needs_batches != (batches is not None):
         raise ValueError(
-            f"quantize_: unknown algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}" + see("bad-option")
-        )
-    if (algorithm == "gptq") != (batches is not None):
-        raise ValueError(
-            "quantize_: algorithm 'gptq' needs batches=..., typical inputs of the model, and no other algorithm takes "
-            f"them; got algorithm {algorithm!r}" + (" without batches" if batches is None else " with batches")
-            + see("bad-option")
+            f"quantize_: algorithm {algorithm!r} "
+            + ("needs batches=..., typical inputs of the model" if recipe.needs_batches else "takes no batches")
+            + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant' and 'align'" + see("bad-option")
         )  # fmt: skip
+    if recipe.steps and on_nonfinite == "zero":
+        raise ValueError(
+            f"quantize_: on_nonfinite='zero' repairs weights one by one, {algorithm!r} mixes them before; repair the "
+            "model first" + see("bad-option")
+        )
+    return recipe
+
+
+def _refuse_stale_scales(work: list[Work], recipe: Recipe) -> None:
+    moving = [s for s in recipe.steps if s != "align"]
+    static = [item.name for item in work if item.act_scale is not None]
+    if moving and static:
+        raise ValueError(
+            f"quantize_: {static[0]} has a static activation scale, measured before {' and '.join(moving)} change its "
+            "input; use a config with dynamic activations" + see("bad-option")
+        )
 
 
 class Work(NamedTuple):
@@ -182,101 +204,6 @@ class Work(NamedTuple):
     module: nn.Module
     scheme: Scheme
     act_scale: float | None
-
-
-def why_not(module: nn.Module, scheme: Scheme, *, loaded: bool = True) -> str | None:
-    """Why a module cannot take a scheme, or None if it can. `loaded=False`: its values are still to come."""
-    if not isinstance(module, QUANTIZABLE):
-        return f"{type(module).__name__} is none of {', '.join(c.__name__ for c in QUANTIZABLE)}"
-    weight = module.weight
-    if isinstance(weight, QuantizedTensor):
-        return f"its weight is already {weight.format.spec}"
-    if weight.is_meta and loaded:
-        return "its weight is on the meta device and has no values; load the model first"
-    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-        return f"its weight is {weight.dtype}, not a 16- or 32-bit float"
-    if weight.numel() == 0:
-        return f"its weight is empty, shape {tuple(weight.shape)}"
-    if not isinstance(module, nn.Linear) and scheme.act is not None:
-        return f"only Linear takes quantized activations, this is {type(module).__name__}"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"padding_mode {module.padding_mode!r} pads outside the convolution; only 'zeros' is supported"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "max_norm rewrites the table while it is used"
-    return None
-
-
-# Which layers ------------------------------------------------------------------------------------
-
-Plan = list[tuple[str, nn.Module, Config | None]]
-
-
-def plan(
-    model: nn.Module, config: Config | str | FqnToConfig | Mapping[str, Rule], filter_fn: FilterFn | None = None
-) -> Plan:
-    """The layers that a config or rules mean, in the order of the model, and what each becomes: None, as it is.
-
-    Raises:
-        ValueError: as `quantize_`, whose arguments these are.
-    """
-    rules = config.rules if isinstance(config, FqnToConfig) else config
-    if not isinstance(rules, Mapping):
-        return _plan_by_filter(model, _as_config(rules), filter_fn or is_linear)
-    if filter_fn is not None:
-        raise ValueError("quantize_: give rules by name or a filter_fn, not both" + see("conflicting-rules"))
-    return _plan_by_rules(model, rules)
-
-
-def _as_config(rule: Config | str) -> Config:
-    if isinstance(rule, str):
-        return parse_config(rule)
-    if not isinstance(rule, Config):
-        raise TypeError(
-            f"quantize_: expected a config or its short name, got {type(rule).__name__}: {rule!r}"
-            + see("unknown-config")
-        )
-    return rule
-
-
-def _plan_by_filter(model: nn.Module, config: Config, filter_fn: FilterFn) -> Plan:
-    plan: Plan = [(name, m, config) for name, m in _modules(model) if filter_fn(m, name)]
-    if not plan:
-        raise ValueError(
-            "quantize_: filter_fn selected no layer; the default selects every nn.Linear" + see("no-layer-selected")
-        )
-    return plan
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(model.named_modules())
-
-
-def _plan_by_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Plan:
-    configs = {key: None if rule is None else _as_config(rule) for key, rule in rules.items()}
-    patterns = {key: re.compile(key[3:]) for key in rules if key.startswith("re:")}
-    used: set[str] = set()
-    plan: Plan = []
-    for name, module in _modules(model):
-        key: str | None = None
-        if name in configs and name not in patterns and name != "_default":
-            key = name
-        else:
-            # Patterns speak of layers; a pattern such as re:.* does not mean the containers around them.
-            key = next((p for p in patterns if isinstance(module, QUANTIZABLE) and patterns[p].fullmatch(name)), None)
-        if key is None and "_default" in configs and isinstance(module, nn.Linear):
-            key = "_default"
-        if key is not None:
-            used.add(key)
-            plan.append((name, module, configs[key]))
-    # `_default` may have nothing left to do; any other rule was meant for a layer.
-    unmatched = [key for key in configs if key not in used and key != "_default"]
-    if unmatched:
-        names = [n for n, m in _modules(model) if isinstance(m, QUANTIZABLE)]
-        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise ValueError(
-            f"quantize_: rules that match no layer: {unmatched}; layers are named {shown}" + see("rule-without-match")
-        )
-    return plan
 
 
 # One layer ---------------------------------------------------------------------------------------
@@ -312,8 +239,8 @@ def _refuse_nonfinite(work: list[Work]) -> None:
 
 
 def _quantize_weight(
-    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, algorithm: Algorithm,
-    moments: Tensor | None,
+    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, rounding: str,
+    moments: Moments | None,
 ) -> tuple[QuantizedTensor, float | None]:  # fmt: skip
     w = weight.detach() if device is None else weight.detach().to(device)
     if zero_nonfinite:
@@ -321,28 +248,13 @@ def _quantize_weight(
     act_scale = None
     if item.act_scale is not None:
         act_scale = torch.full((1, 1), item.act_scale, dtype=torch.float32, device=w.device)
+    flat = w.reshape(w.shape[0], -1)
+    if moments is not None and moments.drift is not None:
+        flat = aligned(flat, moments.square, moments.drift)
     # Looked through already by `_refuse_nonfinite`, or repaired above.
-    weight_format, act = item.scheme
-    if algorithm == "rtn":
-        quantized = QuantizedTensor.from_float(w, weight_format, act, act_scale, check_finite=False)
-    else:
-        flat = w.reshape(w.shape[0], -1)
-        planes = _choose(flat, weight_format, algorithm, moments)
-        quantized = QuantizedTensor(planes, weight_format, w.shape, w.dtype, act, act_scale)
-    if not measure:
-        return quantized, None
-    return quantized, sqnr_db(w.reshape(w.shape[0], -1), quantized.planes, item.scheme.weight)
-
-
-def _choose(w: Tensor, fmt: Format, algorithm: Algorithm, moments: Tensor | None) -> Planes:
-    """All planes of `w (N, K)`, by any algorithm but rounding to nearest."""
-    if algorithm == "hqq":
-        params = hqq_params(w, fmt)
-    else:
-        params = search_params(w, fmt, None if moments is None else moments.diagonal())
-    if moments is None:
-        return fmt.quantize(w, params, check_finite=False)
-    return gptq(w, moments, fmt, params, damp=DAMP)
+    planes = round_weight(flat, item.scheme.weight, rounding, None if moments is None else moments.square)
+    quantized = QuantizedTensor(planes, item.scheme.weight, w.shape, w.dtype, item.scheme.act, act_scale)
+    return quantized, sqnr_db(flat, quantized.planes, item.scheme.weight) if measure else None
 
 
 def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:

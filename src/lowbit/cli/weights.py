@@ -33,9 +33,11 @@ from lowbit.cli.output import (
 from lowbit.errors import see
 from lowbit.explain import explain as explain_model
 from lowbit.models.llama import Llama
-from lowbit.quantize import ALGORITHMS, Rule, quantize_
+from lowbit.quantize import quantize_
+from lowbit.recipe import ROUNDINGS, STEPS, parse_recipe
 from lowbit.report import LayerReport
 from lowbit.report import Report as QuantizeReport
+from lowbit.rules import Rule
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model
@@ -59,10 +61,16 @@ def quantize(
     config: Config = None,
     rule: Rules = None,
     algorithm: Annotated[
-        str, typer.Option("--algorithm", "-a", help=f"How values are chosen: {', '.join(ALGORITHMS)}.")
+        str,
+        typer.Option(
+            "--algorithm",
+            "-a",
+            help=f"How values are chosen: {', '.join(ROUNDINGS)}; before it, joined by +, any of {', '.join(STEPS)}.",
+        ),
     ] = "rtn",
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text that gptq sees; default: the packaged prose.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Text that gptq, awq and others see; default: the packaged prose."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of that text.")] = 16384,
     device: Device = "cpu",
@@ -84,8 +92,9 @@ def quantize(
         raise ValueError(f"{source.path} is quantized already; quantize the original model" + see("already-quantized"))
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; give a directory")
+    recipe = parse_recipe(algorithm)
     loaded = source.model(parse_dtype(dtype))
-    batches = _batches(source, loaded, calibration, calibration_tokens, device) if algorithm == "gptq" else None
+    batches = _batches(source, loaded, calibration, calibration_tokens, device) if recipe.needs_batches else None
     report = quantize_as_asked(
         source, loaded, rules_for(loaded, config, words), device, algorithm=algorithm, batches=batches
     )
@@ -110,7 +119,7 @@ def quantize_as_asked(
     with progress_bar(title) as update:
         return quantize_(
             model, rules, device=device, calibration=statistics, progress=update,
-            algorithm=algorithm, batches=batches,  # type: ignore[arg-type]
+            algorithm=algorithm, batches=batches,
         )  # fmt: skip
 
 
@@ -123,7 +132,7 @@ def _batches(source: Source, model: Llama, text: Path | None, tokens: int, devic
     if len(ids) < 2:
         raise ValueError(f"quantize: the calibration text has {len(ids)} tokens; give a longer one" + see("bad-option"))
     windows = list(ids.to(device).view(1, -1).split(_window(model), dim=1))
-    say(f"gptq sees {len(ids)} tokens in {len(windows)} windows")
+    say(f"calibrating on {len(ids)} tokens in {len(windows)} windows")
     return windows
 
 

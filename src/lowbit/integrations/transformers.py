@@ -37,8 +37,9 @@ from lowbit.checkpoints.writing import plan as plan_files
 from lowbit.configs import Config
 from lowbit.errors import see
 from lowbit.integrations.transformers_conversions import Assemble, Quantize, ends_with, is_ours, rename, renamed
-from lowbit.quantize import QUANTIZABLE, FqnToConfig, Rule, is_linear, plan, quantize_layer_, skipped, why_not
+from lowbit.quantize import quantize_layer_, skipped
 from lowbit.report import LayerReport, Report
+from lowbit.rules import QUANTIZABLE, FqnToConfig, Rule, is_linear, plan_of, why_not
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 
@@ -183,7 +184,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         left: list[str] = []
         if isinstance(asked.config, Config):
             left = self.get_modules_to_not_convert(model, asked.modules_to_not_convert, model._keep_in_fp32_modules)
-        for name, module, config in plan(model, asked.config, None if isinstance(asked.config, dict) else is_linear):
+        for name, module, config in plan_of(model, asked.config, None if isinstance(asked.config, dict) else is_linear):
             if config is None:
                 reason: str | None = "left as it is by a rule"
             elif not should_convert_module(name, left):

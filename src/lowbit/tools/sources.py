@@ -24,7 +24,7 @@ from lowbit.errors import see
 from lowbit.models import Llama, LlamaConfig, load_model
 from lowbit.models.hub import demo_model
 from lowbit.models.tokenizer import Tokenizer, load_tokenizer
-from lowbit.quantize import Rule
+from lowbit.rules import Rule
 from lowbit.specs import parse_config
 
 Kind = Literal["huggingface", "gguf", "checkpoint"]
@@ -164,7 +164,8 @@ def export(source: Source, model: Llama, directory: Path) -> None:
         checkpoint.save(model, directory, config=huggingface_config(model.config, tokenizer.eos_ids))
         save_tokenizer(tokenizer, directory)
         return
-    checkpoint.save(model, directory, config=source.config())
+    # A rotation gives the output projection a table of its own.
+    checkpoint.save(model, directory, config=source.config() | {"tie_word_embeddings": model.config.tie_embeddings})
     for name in TOKENIZER_FILES:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, directory / name)

@@ -1,0 +1,84 @@
+"""What the word `algorithm` of `quantize_` means: steps that change the float model, then one way to round it.
+
+    "gptq"    "awq"    "rotation+awq+align+gptq"
+
+Steps are named in the order in which they are done. Each may stand with every rounding; a word without a rounding ends
+in the one that its paper has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit.algorithms.gptq import gptq
+from lowbit.algorithms.hqq import hqq_params
+from lowbit.algorithms.search import search_params
+from lowbit.errors import see
+from lowbit.formats.base import Format, Planes
+
+ROUNDINGS = ("rtn", "mse", "hqq", "gptq")
+#: Steps before the rounding, in the order in which they are possible, and the rounding that follows if none is named.
+STEPS = {"rotation": "rtn", "smoothquant": "rtn", "awq": "mse", "align": "gptq"}
+# More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
+# in groups of 128 and 32768 tokens (docs/algorithms.md).
+DAMP = 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed `algorithm`."""
+
+    steps: tuple[str, ...]
+    rounding: str
+
+    def __str__(self) -> str:
+        return "+".join((*self.steps, self.rounding))
+
+    @property
+    def scaling(self) -> str | None:
+        """The step that scales channels."""
+        return next((s for s in self.steps if s in ("smoothquant", "awq")), None)
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether anything is chosen for inputs."""
+        return self.rounding == "gptq" or bool({*self.steps} - {"rotation"})
+
+
+def parse_recipe(algorithm: str) -> Recipe:
+    """The steps and the rounding that a word such as `"awq+gptq"` names.
+
+    Raises:
+        ValueError: a name is unknown, repeated or out of order, or two of them scale channels.
+    """
+    *steps, last = algorithm.split("+")
+    if last not in ROUNDINGS:
+        steps.append(last)
+    unknown = [s for s in steps if s not in STEPS]
+    if unknown:
+        raise ValueError(
+            f"quantize_: unknown algorithm {algorithm!r}; it is any of {', '.join(STEPS)} in this order, then one of "
+            f"{', '.join(ROUNDINGS)}, joined by +" + see("bad-option")
+        )
+    if steps != [s for s in STEPS if s in steps] or {"smoothquant", "awq"} <= {*steps}:
+        raise ValueError(
+            f"quantize_: algorithm {algorithm!r} is out of order; {' < '.join(STEPS)}, each at most once, and "
+            "smoothquant and awq not together" + see("bad-option")
+        )
+    return Recipe(tuple(steps), last if last in ROUNDINGS else STEPS[last])
+
+
+def round_weight(w: Tensor, fmt: Format, rounding: str, hessian: Tensor | None) -> Planes:
+    """All planes of `w (N, K)`, finite. `hessian (K, K)` is `X^T X` of its inputs, None where none were seen; GPTQ then
+    is the search of scales that it begins with."""
+    if rounding == "rtn":
+        return fmt.quantize(w, check_finite=False)
+    if rounding == "hqq":
+        return fmt.quantize(w, hqq_params(w, fmt), check_finite=False)
+    params = search_params(w, fmt, None if hessian is None else hessian.diagonal())
+    if rounding == "mse" or hessian is None:
+        return fmt.quantize(w, params, check_finite=False)
+    # Scales are chosen beforehand, so that the order costs nothing (docs/algorithms.md).
+    return gptq(w, hessian, fmt, params, damp=DAMP, act_order=True)
