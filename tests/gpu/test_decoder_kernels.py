@@ -127,8 +127,8 @@ def test_started_early_they_give_the_same_bits() -> None:
     """A chain of kernels inside a graph, each started before the one ahead has ended, a hundred times."""
     hidden, heads, groups, d = 4096, 32, 8, 128
     _, cache, cos, sin, norms = given(1, heads, groups, d, 512, torch.bfloat16, False, tokens=1)
-    x, w = normal(1, hidden, dtype=torch.bfloat16), normal(6144, hidden, dtype=torch.bfloat16, seed=3)
-    o, weight = normal(hidden, hidden, dtype=torch.bfloat16, seed=4), normal(hidden, dtype=torch.bfloat16, seed=5)
+    x, w = normal(1, hidden, dtype=torch.bfloat16), normal(6144, hidden, dtype=torch.bfloat16, seed=3) / 64
+    o, weight = normal(hidden, hidden, dtype=torch.bfloat16, seed=4) / 64, normal(hidden, dtype=torch.bfloat16, seed=5)
     positions = torch.tensor([200], dtype=torch.int32, device="cuda")
     arrived = torch.zeros(groups, dtype=torch.int32, device="cuda")
 
@@ -142,6 +142,7 @@ def test_started_early_they_give_the_same_bits() -> None:
         return h
 
     expected = chain()
+    assert expected.isfinite().all()
     with early_launches():
         assert torch.equal(chain(), expected)
         torch.cuda.synchronize()

@@ -261,7 +261,10 @@ class Profiler:
             activities.append(ProfilerActivity.CUDA)
         with self._record("kernels"), self.layers():
             # Shapes are a witness on a CPU; kernels of a GPU tell theirs by how many threads they have.
-            recording = torch.profiler.profile(activities=activities, record_shapes=self.device.type == "cpu")
+            # `acc_events` would keep those of several cycles; here is one, and without it torch 2.11 warns.
+            recording = torch.profiler.profile(
+                activities=activities, record_shapes=self.device.type == "cpu", acc_events=True
+            )
             try:
                 with recording:
                     yield
