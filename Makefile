@@ -9,18 +9,21 @@ VENV ?= .venv
 PIP_FLAGS ?=
 DEMO ?=
 PYTEST ?=
+# Interpreters and versions of torch for `make matrix`.
+MATRIX ?= python3.10:2.11.0 python3.12:2.12.0 python3.13:2.14.0
 
 CODE := src tests benchmarks
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 
-.PHONY: help demo test test-gpu lint format bench clean
+.PHONY: help demo test test-gpu matrix lint format bench clean
 
 help:
 	@echo "make demo      quantize a real language model in every format; HTML report (DEMO=--quick: under a minute)"
 	@echo "make test      the tests that need no GPU        make test-gpu  the tests that need one"
 	@echo "make lint      ruff and mypy                     make format    let ruff rewrite"
-	@echo "make bench     kernels against bf16 on a GPU     make clean     remove everything made here"
+	@echo "make bench     kernels against bf16 on a GPU     make matrix    the tests for other Pythons and torches"
+	@echo "make clean     remove everything made here"
 
 # Threads that spin only briefly while they wait: on a machine that does other things too, long spinning takes the cores
 # away from the threads that they wait for; sleeping at once costs a wake-up for each of a token's many small products.
@@ -32,6 +35,11 @@ test: $(VENV)/.test
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+# The tests under every pair of MATRIX, each in an environment of its own below .matrix; stops at the first that fails.
+matrix:
+	@set -e; for pair in $(MATRIX); do \
+		echo "== $$pair"; $(MAKE) test PYTHON=$${pair%:*} TORCH=$${pair#*:} VENV=.matrix/$${pair%:*}-$${pair#*:}; done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check $(CODE)
@@ -70,5 +78,5 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lowbit-demo.html lowbit-demo.json
+	rm -rf $(VENV) .matrix build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lowbit-demo.html lowbit-demo.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
