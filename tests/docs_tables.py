@@ -128,6 +128,41 @@ def peer_rows() -> list[Cells]:
     ]
 
 
+# What we set ourselves: tokens per second of Llama-3.1-8B's shapes for one sequence, and GB at the peak.
+GENERATE_GOALS = {
+    "bf16": (165, None), "int8wo": (275, 8.9), "float8wo": (275, 8.9), "float8dq-row": (270, 8.9), "int8dq": (270, 8.9),
+    "int4:g128": (450, 5.3), "int4wo-128": (450, 5.3), "nf4wo-64": (400, None), "codebook4wo-64": (400, None),
+}  # fmt: skip
+
+
+def generate_rows() -> list[Cells]:
+    """Of `lowbit bench generate`: a token's time, the first token's, bandwidth and memory, for one sequence."""
+    _, result = newest("h100_*_generate.json")
+    rows = []
+    for r in result["records"]:
+        if r["batch"] != 1 or r["error"]:
+            continue
+        speed, memory = GENERATE_GOALS.get(r["config"], (None, None))
+        peak = max(r[f"peak_{phase}"]["allocated"] for phase in ("make", "capture", "prefill", "decode"))
+        rows.append((
+            f"`{r['config']}`", f"{r['tokens_per_second']:.0f}" + (f" (>= {speed})" if speed else ""),
+            f"{r['speedup']:.2f}", f"{r['first_token_ms']:.1f}", f"{r['gb_s']:.0f}", f"{100 * r['floor_share']:.0f} %",
+            f"{r['model_bytes'] / 1e9:.2f}", f"{peak / 1e9:.2f}" + (f" (<= {memory})" if memory else ""),
+        ))  # fmt: skip
+    return rows
+
+
+def batches_rows() -> list[Cells]:
+    """Of `lowbit bench generate` with several sequences: tokens per second of all, and speed-up over bf16."""
+    _, result = newest("h100_*_generate_batches.json")
+    found: dict[str, dict[int, str]] = {}
+    for r in result["records"]:
+        if not r["error"]:
+            cell = f"{r['tokens_per_second']:.0f} ({r['speedup']:.2f})"
+            found.setdefault(r["config"], {})[r["batch"]] = cell
+    return [(f"`{config}`", *(cells.get(b, "") for b in (16, 64))) for config, cells in found.items()]
+
+
 def crossover_rows() -> list[Cells]:
     """Of `crossover.py`: microseconds of the kernels for two formats and two layers."""
     rows = [*newest("h100_*_crossover_few.json")[1]["rows"], *newest("h100_*_crossover_many.json")[1]["rows"]]
@@ -228,6 +263,12 @@ TABLES = {
         "docs/measured.md", ("weight", "M = 1, us", "read alone", "share", "speed-up", "M = 16", "M = 128"), linear_rows
     ),
     "layers": Table("docs/measured.md", ("weight", "gate_up", "down", "qkv", "o"), layers_rows),
+    "generate": Table(
+        "docs/measured.md",
+        ("config", "tokens/s", "speed-up", "first token, ms", "GB/s", "of the floor", "model GB", "peak GB"),
+        generate_rows,
+    ),
+    "batches": Table("docs/measured.md", ("config", "16 sequences", "64 sequences"), batches_rows),
     "peers": Table("docs/measured.md", ("layer", "weight", "M", "bf16", "lowbit", "humming", "gemlite"), peer_rows),
     "written": Table(
         "docs/compatibility.md",

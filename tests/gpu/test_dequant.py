@@ -8,7 +8,7 @@ from cases import sqnr_db
 from gpu_cases import weight_on_gpu
 
 from lowbit.formats import Format, registered
-from lowbit.kernels.cuda import dequant, small_m
+from lowbit.kernels.cuda import decode, dequant
 from lowbit.kernels.triton.dequant import dequantize_into
 
 FORMATS = [f for f in registered() if not isinstance(dequant.constants(f), str)]
@@ -28,7 +28,7 @@ def test_equals_the_definition(fmt: Format, n: int, k: int, rows: tuple[int, int
     assert dequant.why_not(out, fmt, k, columns) is None
     dequantize_into(out, w.planes, fmt, k, rows, columns)
     exact = fmt.dequantize(w.planes, n, k)[rows[0] : rows[1], columns[0] : columns[1]]
-    if small_m.has_table(fmt):
+    if decode.has_table(fmt):
         # Entries are rounded to bf16 before they are scaled.
         assert sqnr_db(exact.double(), out) > 50
     else:

@@ -8,12 +8,12 @@ from cases import sqnr_db
 from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 
 from lowbit.formats import Format, registered
-from lowbit.kernels.cuda import small_m
+from lowbit.kernels.cuda import decode, small_m
 from lowbit.kernels.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = [f for f in registered() if not isinstance(small_m.constants(f), str)]
+FORMATS = [f for f in registered() if not isinstance(decode.constants(f), str)]
 
 
 def run(fmt: Format, n: int, k: int, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,7 +24,7 @@ def run(fmt: Format, n: int, k: int, x: torch.Tensor, bias: torch.Tensor | None 
 
 
 def test_every_registered_format_has_an_instance() -> None:
-    without = {f.spec: small_m.constants(f) for f in registered() if f not in FORMATS}
+    without = {f.spec: decode.constants(f) for f in registered() if f not in FORMATS}
     assert not without
 
 

@@ -10,7 +10,7 @@ from gpu_cases import assert_close, expected, inputs, weight_on_gpu
 
 import lowbit
 from lowbit.formats import Format, registered
-from lowbit.kernels.cuda import small_m, wgmma
+from lowbit.kernels.cuda import decode, wgmma
 from lowbit.kernels.cuda.wgmma import Config
 
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-FORMATS = [f for f in registered() if not isinstance(small_m.constants(f), str)]
+FORMATS = [f for f in registered() if not isinstance(decode.constants(f), str)]
 CONFIGS = [
     Config(16, blocks=2), Config(16, 2, cut=True), Config(16, cut=True, blocks=2), Config(32, blocks=2),
     Config(32, cut=True, blocks=2), Config(64, 2), Config(64, cut=True), Config(128, cut=True), Config(128, 2),

@@ -20,7 +20,7 @@ from cases import each_format
 
 import lowbit
 from lowbit.formats import Format, parse_format, registered
-from lowbit.kernels.cuda import dequant, loader, small_m, wgmma
+from lowbit.kernels.cuda import decode, dequant, loader, small_m, wgmma
 from lowbit.kernels.cuda.wgmma import Config
 from lowbit.kernels.problem import Problem
 from lowbit.kernels.select import select
@@ -32,9 +32,9 @@ TILES = [Config(32, blocks=2), Config(64), Config(128, 2), Config(256)]
 
 
 def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
-    defines = small_m.constants(fmt)
+    defines = decode.constants(fmt)
     assert not isinstance(defines, str), defines
-    few_registers = len(fmt.element.code_planes) == 1 and not small_m.has_table(fmt)
+    few_registers = len(fmt.element.code_planes) == 1 and not decode.has_table(fmt)
     more = {"TOKEN_TILES": 1, "CLUSTER": 1, "WHOLE": 1, "BUFFERS": 2, "RESIDENT": 3 if few_registers else 2, "GATED": 0}
     more |= changes
     source = loader.read_source("small_m.cu")

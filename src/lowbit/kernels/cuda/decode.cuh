@@ -4,7 +4,7 @@
 // four pairs. The order of K inside a product is free, so a pair holds the two codes that one mask takes out of a
 // 32-bit word, which are half a word apart: `pair_codes` says which, and activations are laid out to match.
 //
-// Compiled with -D FP16 (else operands are bf16), and with what small_m.py derives from a format's declarations: QUAD,
+// Compiled with -D FP16 (else operands are bf16), and with what decode.py derives from a format's declarations: QUAD,
 // BITS per code, KIND, MANTISSA, BIAS, TABLE_FP32; SCALE_MODE, SCALE_TYPE, GROUP (weights per scale along K), SCALE_N (along N), ZERO, OUTER_K (-1: no outer
 // scale, 0: one for the tensor, else weights per outer scale), OFFSET.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
-from lowbit.kernels.cuda import loader, small_m
+from lowbit.kernels.cuda import decode, loader
 from lowbit.kernels.problem import arch_of
 from lowbit.kernels.triton.launch import on_device
 
@@ -20,16 +20,16 @@ THREADS = 256  # as in dequant.cu
 @cache
 def constants(fmt: Format) -> loader.Defines | str:
     """The kernel's constants, or why a format has no instance: a thread's chunk must lie inside a group."""
-    defines = small_m.constants(fmt)
+    defines = decode.constants(fmt)
     if isinstance(defines, str):
         return defines
-    quad = 4 if small_m.chunk(fmt, 4) >= 8 else 8
+    quad = 4 if decode.chunk(fmt, 4) >= 8 else 8
     group = fmt.plane("scale").k
-    if group is not None and group % small_m.chunk(fmt, quad):
-        return f"groups of {group} do not line up with the {small_m.chunk(fmt, quad)} weights that a thread decodes"
+    if group is not None and group % decode.chunk(fmt, quad):
+        return f"groups of {group} do not line up with the {decode.chunk(fmt, quad)} weights that a thread decodes"
     found = dict(defines) | {"QUAD": quad}
     if group is not None:
-        found["SCALE_MODE"] = small_m.PER_STEP
+        found["SCALE_MODE"] = decode.PER_STEP
     return tuple(sorted(found.items()))
 
 
@@ -42,7 +42,7 @@ def why_not(out: Tensor, fmt: Format, k: int, columns: tuple[int, int]) -> str |
     defines = constants(fmt)
     if isinstance(defines, str):
         return defines
-    if k % small_m.chunk(fmt) or any(c % 64 for c in columns) or out.stride(0) % 8:
+    if k % decode.chunk(fmt) or any(c % 64 for c in columns) or out.stride(0) % 8:
         return "rows are cut inside of what a thread writes at once"
     return loader.missing()
 
@@ -52,10 +52,10 @@ def launch(
 ) -> Tensor:
     """Decode rows and columns `[start, stop)` into `out`, as `triton.dequant.dequantize_into` says."""
     (n0, n1), (k0, k1) = rows, columns
-    a, _keep = small_m.arguments(out, out, planes, fmt, None, None)
+    a, _keep = decode.arguments(out, out, planes, fmt, None, None)
     a.n, a.k = planes[fmt.plane_names[0]].shape[0], k
-    quad, rows_of_block = dict(_defines(fmt))["QUAD"], 32 if small_m.has_table(fmt) else 8
-    blocks = -(-(k1 - k0) // (small_m.chunk(fmt, quad) * THREADS)) * -(-(n1 - n0) // rows_of_block)
+    quad, rows_of_block = dict(_defines(fmt))["QUAD"], 32 if decode.has_table(fmt) else 8
+    blocks = -(-(k1 - k0) // (decode.chunk(fmt, quad) * THREADS)) * -(-(n1 - n0) // rows_of_block)
     numbers = (ctypes.c_int(v) for v in (n0, n1 - n0, k0, k1, out.stride(0)))
     with on_device(out):
         loader.load("dequant.cu", "dequant", _defines(fmt), out.device.index)(blocks, THREADS, a, *numbers)

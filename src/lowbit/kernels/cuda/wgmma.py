@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
-from lowbit.kernels.cuda import loader, small_m
+from lowbit.kernels.cuda import decode, loader, small_m
 from lowbit.kernels.problem import Problem, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
@@ -95,13 +95,13 @@ class Stages:
 
 def stages(fmt: Format, c: Config) -> Stages:
     """The rings that fit: stages of weights for all of those of activations."""
-    size = small_m.chunk(fmt)
+    size = decode.chunk(fmt)
     # As many octets as a stage of weights has, in stages of about 16 KiB.
     x_octets = min(size // 8, max(2, (16 << 10) // (c.tokens * 64)))
     per_step, x_bytes = size // 8 // x_octets, c.tokens * 64 * x_octets
     w_bytes = c.rows * sum(width * 4 * size // fmt.element.vector // 8 for _, width, _ in fmt.element.code_planes)
     out = 4 * c.warpgroups * min(c.tokens, 32) * 48
-    tables = 32 << 10 if small_m.has_table(fmt) else 0
+    tables = 32 << 10 if decode.has_table(fmt) else 0
     budget = SHARED_PER_BLOCK // c.blocks - out - tables
     x, w = 2, 2
     for more_x in range(2, 25):
@@ -114,7 +114,7 @@ def stages(fmt: Format, c: Config) -> Stages:
 @cache
 def constants(fmt: Format, c: Config) -> loader.Defines | str:
     """The kernel's constants, or why there is no such instance."""
-    defines = small_m.constants(fmt, (16,))
+    defines = decode.constants(fmt, (16,))
     if isinstance(defines, str):
         return defines
     rings = stages(fmt, c)
@@ -125,17 +125,15 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     producer = 56 if c.warpgroups == 2 else 40
     consumer = min(240, (pool - producer) // c.warpgroups // 8 * 8)
     # What the products need beside their sums, as the compiler's reports say.
-    sums, scales = c.row_tiles * c.tokens // 2, max(1, small_m.chunk(fmt) // found["GROUP"])
-    rest = 40 * c.row_tiles + 16 * (scales if found["SCALE_MODE"] == small_m.PER_CHUNK else 1)
-    rest += 16 * c.row_tiles * (small_m.chunk(fmt) // 128)  # words of many codes, shifted once for all of them
+    sums, scales = c.row_tiles * c.tokens // 2, max(1, decode.chunk(fmt) // found["GROUP"])
+    rest = 40 * c.row_tiles + 16 * (scales if found["SCALE_MODE"] == decode.PER_CHUNK else 1)
+    rest += 16 * c.row_tiles * (decode.chunk(fmt) // 128)  # words of many codes, shifted once for all of them
     rest += 8 * c.row_tiles * (len(fmt.element.code_planes) - 1)
     rest += 8 * c.row_tiles * (found["ZERO"] + (found["OUTER_K"] > 0) + (found["SCALE_N"] > 1))
     if sums + rest > consumer:
         return "too many sums for the registers"
-    if found["SCALE_MODE"] == small_m.PER_STEP and (
-        c.row_tiles * c.tokens > MOST_SUMMED or 2 * sums + rest >= consumer
-    ):
-        found["SCALE_MODE"] = small_m.PER_CHUNK
+    if found["SCALE_MODE"] == decode.PER_STEP and (c.row_tiles * c.tokens > MOST_SUMMED or 2 * sums + rest >= consumer):
+        found["SCALE_MODE"] = decode.PER_CHUNK
     found |= {
         "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
         "X_OCTETS": rings.x_octets, "CONSUMERS": c.warpgroups, "W_STAGES": rings.w,
@@ -171,15 +169,15 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
     fmt, act, weights = problem.weight, problem.activation, problem.n * problem.k
-    if (reason := small_m.why_not_dtype(problem)) is not None:
+    if (reason := decode.why_not_dtype(problem)) is not None:
         return reason
     if problem.arch is not None and problem.arch != (9, 0):
         return f"needs Hopper's matrix units (9.0), this GPU has {problem.arch[0]}.{problem.arch[1]}"
     if act is not None and act.grouped:
         return "scales per group of the activation change along K"
-    if problem.k % small_m.chunk(fmt):
-        return f"K = {problem.k} is no multiple of the {small_m.chunk(fmt)} weights that a lane takes"
-    found = small_m.constants(fmt, (16,))
+    if problem.k % decode.chunk(fmt):
+        return f"K = {problem.k} is no multiple of the {decode.chunk(fmt)} weights that a lane takes"
+    found = decode.constants(fmt, (16,))
     if isinstance(found, str):
         return found
     if not is_batch_invariant():
@@ -206,7 +204,7 @@ def wgmma(
     x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
 ) -> Tensor:
     """The table's entry: `y (M, N)` from `x (M, K)`, both bf16 or fp16, and the planes."""
-    x, row_scale = small_m.operand(x, problem, act_scale)
+    x, row_scale = decode.operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
 
@@ -231,8 +229,8 @@ def launch(
         config = INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, multiprocessors(x.device))
     c = config
     pack, kernel = _kernels(fmt, c, x.device.index, x.dtype)
-    a, _keep = small_m.arguments(x, y, planes, fmt, bias, row_scale)
-    step = 4 * small_m.chunk(fmt)
+    a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
+    step = 4 * decode.chunk(fmt)
     steps, token_tiles = -(-k // step), -(-m // c.tokens)
     tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
     blocks = min(tiles * units, multiprocessors(x.device) * c.blocks)

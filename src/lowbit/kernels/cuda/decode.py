@@ -1,0 +1,198 @@
+"""The host's side of `decode.cuh`: a format's declarations as constants to compile with, tensors as arguments to launch
+with. The CUDA C++ kernels share it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.base import Format
+from lowbit.formats.elements import FloatElement, IntElement, TableElement
+from lowbit.kernels.cuda.loader import Defines
+from lowbit.kernels.problem import Problem
+
+# The names of decode.cuh.
+_INT, _FLOAT, _TABLE, _VECTOR = range(4)
+PER_ROW, PER_STEP, PER_CHUNK = range(3)
+_SCALE_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float8_e4m3fn: 2,
+    torch.float8_e8m0fnu: 3,
+    torch.int8: 4,
+}
+
+
+def chunk(fmt: Format, quad: int = 16) -> int:
+    """Weights in `quad` bytes of the widest plane."""
+    main = max(width for _, width, _ in fmt.element.code_planes)
+    return quad * 8 // main * fmt.element.vector
+
+
+def has_table(fmt: Format) -> bool:
+    """Whether codes are looked up in a table in shared memory."""
+    return isinstance(fmt.element, TableElement)
+
+
+@cache
+def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str:
+    """The kernels' constants for a format, or why it has no instance.
+
+    Args:
+        quads: bytes that a lane may take at once. The largest with which four lanes stay inside a group is chosen, so
+            that scales multiply fp32 sums.
+    """
+    e, size = fmt.element, chunk(fmt)
+    defines = {"QUAD": 16, "BITS": e.bits, "MANTISSA": 0, "BIAS": 0, "TABLE_FP32": 0}
+    if isinstance(e, IntElement):
+        defines["KIND"] = _INT
+    elif isinstance(e, FloatElement):
+        defines |= {"KIND": _FLOAT, "MANTISSA": e.mantissa_bits, "BIAS": e.bias}
+    elif isinstance(e, TableElement) and (e.bits, e.vector) in ((2, 1), (3, 1), (4, 1), (8, 2)):
+        defines["KIND"] = _TABLE if e.vector == 1 else _VECTOR
+        defines["TABLE_FP32"] = int(fmt.plane("codebook").dtype == torch.float32)
+    else:
+        return f"no decoder for {type(e).__name__} of {e.bits} bits and {e.vector} weights per code"
+    scale = fmt.plane("scale")
+    if scale.dtype not in _SCALE_TYPES:
+        return f"scales are {scale.dtype}"
+    defines |= {"SCALE_TYPE": _SCALE_TYPES[scale.dtype], "SCALE_N": scale.n or 1, "GROUP": scale.k or 1}
+    fitting = [q for q in quads if scale.k and scale.k % (4 * chunk(fmt, q)) == 0 and chunk(fmt, q) >= 8]
+    if scale.k is None:
+        defines["SCALE_MODE"] = PER_ROW
+    elif fitting:
+        defines |= {"SCALE_MODE": PER_STEP, "QUAD": fitting[0]}
+    elif scale.k % size == 0 or (size % scale.k == 0 and scale.k % 8 == 0):
+        defines["SCALE_MODE"] = PER_CHUNK
+    else:
+        return f"groups of {scale.k} do not line up with the {size} weights a lane takes"
+    if fmt.has("zero_point") and fmt.plane("zero_point").tile != scale.tile:
+        return "zero points and scales have different tiles"
+    outer = fmt.plane("outer_scale") if fmt.has("outer_scale") else None
+    if outer is not None and outer.tile != (None, None) and (outer.n, scale.n) != (1, 1):
+        return f"outer scales have tiles {outer.tile}"
+    if fmt.has("scale_offset") and (outer is None or outer.k is None):
+        return "an offset of the scales needs outer scales per group"
+    defines["OUTER_K"] = -1 if outer is None else outer.k or 0
+    defines |= {"OFFSET": int(fmt.has("scale_offset")), "ZERO": int(fmt.has("zero_point"))}
+    return tuple(sorted(defines.items()))
+
+
+def defines_of(fmt: Format) -> Defines:
+    """The constants of a format that has instances."""
+    found = constants(fmt)
+    assert not isinstance(found, str), found
+    return found
+
+
+def why_not_dtype(problem: Problem) -> str | None:
+    """Why the CUDA C++ kernels have no instance for a problem's activations."""
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"written for bf16 and fp16, got {problem.dtype}"
+    if problem.dtype == torch.float16 and problem.act:
+        return "quantized activations are multiplied in bf16"
+    return None
+
+
+# Launches ----------------------------------------------------------------------------------------
+
+
+class _Arguments(ctypes.Structure):
+    """`struct Arguments` of decode.cuh, field by field."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p), ("codes2", ctypes.c_void_p), ("codes1", ctypes.c_void_p),
+        ("stride", ctypes.c_longlong), ("stride2", ctypes.c_longlong), ("stride1", ctypes.c_longlong),
+        ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p), ("outer", ctypes.c_void_p), ("offset", ctypes.c_void_p),
+        ("table", ctypes.c_void_p), ("x", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("row_scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("m", ctypes.c_int), ("n", ctypes.c_int), ("k", ctypes.c_int), ("scale_columns", ctypes.c_int),
+        ("scale_rows", ctypes.c_int), ("outer_columns", ctypes.c_int), ("row_scales", ctypes.c_int),
+        ("bias_fp32", ctypes.c_int),
+    )  # fmt: skip
+
+
+def operand(x: Tensor, problem: Problem, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is multiplied, and the scale of its rows: a quantized activation is split into levels and scales."""
+    if problem.activation is None:
+        return x, None
+    from lowbit.kernels.triton import act_quant
+
+    return act_quant.split(x, problem.activation, act_scale)
+
+
+def arguments(
+    x: Tensor, y: Tensor, planes: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, row_scale: Tensor | None
+) -> tuple[_Arguments, list[Tensor]]:
+    """`struct Arguments` for `x (M, K)` and `y (M, N)`, and the tensors that must live until the launch."""
+    x = x if _fits(x) else x.clone(memory_format=torch.contiguous_format)
+    keep = [x]
+    weight = _of_weight(fmt, _layout(planes))
+    if weight is None:
+        rows = {name for name, _, _ in fmt.element.code_planes}
+        copies = {n: t if _fits(t, n in rows) else t.clone(memory_format=torch.contiguous_format)
+                  for n, t in planes.items()}  # fmt: skip
+        keep += copies.values()
+        weight = _of_weight(fmt, _layout(copies))
+        assert weight is not None
+    a = _Arguments.from_buffer_copy(weight)
+    a.x, a.y, a.m, a.n, a.k = x.data_ptr(), y.data_ptr(), x.shape[0], y.shape[1], x.shape[1]
+    if row_scale is not None:
+        keep.append(row_scale.contiguous())
+        a.row_scale, a.row_scales = keep[-1].data_ptr(), row_scale.shape[0]
+    if bias is not None:
+        # Read as it is in fp32 or in the dtype of the outputs; else widened.
+        keep.append((bias if bias.dtype in (y.dtype, torch.float32) else bias.float()).contiguous())
+        a.bias, a.bias_fp32 = keep[-1].data_ptr(), int(keep[-1].dtype == torch.float32)
+    return a, keep
+
+
+#: Name, address, shape, strides and bytes per element of every plane: all that a launch depends on.
+Layout = tuple[tuple[str, int, torch.Size, tuple[int, ...], int], ...]
+
+
+def _layout(planes: Mapping[str, Tensor]) -> Layout:
+    return tuple([(n, t.data_ptr(), t.shape, t.stride(), t.element_size()) for n, t in planes.items()])
+
+
+@lru_cache(maxsize=4096)
+def _of_weight(fmt: Format, layout: Layout) -> _Arguments | None:
+    """The part of `struct Arguments` that is the weight's; None where planes lie so that they must be copied.
+
+    Remembered, since filling a structure costs an eager call more than anything else here. It holds no tensor: where
+    memory is used again, the same addresses mean the same arguments.
+    """
+    at = {name: (address, shape, strides) for name, address, shape, strides, _ in layout}
+    rows = {name for name, _, _ in fmt.element.code_planes}
+    for name, address, shape, strides, size in layout:
+        if not _lies_well(address, shape, strides, size, name in rows):
+            return None
+    a = _Arguments()
+    for i, (name, width, _) in enumerate(fmt.element.code_planes):
+        field = "" if i == 0 else str(width)
+        setattr(a, f"codes{field}", at[name][0])
+        setattr(a, f"stride{field}", at[name][2][0])
+    a.scale, (a.scale_rows, a.scale_columns), _ = at["scale"]
+    for field, name in (("zero", "zero_point"), ("outer", "outer_scale"), ("offset", "scale_offset"),
+                        ("table", "codebook")):  # fmt: skip
+        setattr(a, field, at[name][0] if name in at else None)
+    a.outer_columns = at["outer_scale"][1][-1] if "outer_scale" in at else 0
+    return a
+
+
+def _lies_well(address: int, shape: torch.Size, strides: tuple[int, ...], size: int, rows_apart: bool) -> bool:
+    """16-byte loads need 16-byte addresses and, where `rows_apart`, rows at multiples of 16 bytes; else no gaps."""
+    if rows_apart:
+        return address % 16 == 0 and strides[-1] == 1 and strides[0] * size % 16 == 0
+    dense, step = True, 1
+    for length, stride in zip(reversed(shape), reversed(strides)):
+        dense, step = dense and (length == 1 or stride == step), step * length
+    return address % 16 == 0 and dense
+
+
+def _fits(t: Tensor, rows_apart: bool = True) -> bool:
+    return _lies_well(t.data_ptr(), t.shape, t.stride(), t.element_size(), rows_apart)
