@@ -184,7 +184,7 @@ def why_not(problem: Problem) -> str | None:
         # What was measured on an H100 (docs/measured.md): small layers are over before tiles of many tokens pay, and
         # for very many tokens one dequantization costs less than decoding for every tile.
         small = weights <= 1 << 26
-        few = 16 if fmt.element.bits == 8 else 0
+        few = 32 if fmt.element.bits == 8 else 0
         few = 64 if weights <= 1 << 24 else 32 if small else few
         if small_m.is_cheap(fmt) and problem.m <= few:
             return f"M = {problem.m} is at most {few}, where another kernel is faster for this format and size"
