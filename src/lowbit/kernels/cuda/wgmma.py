@@ -154,13 +154,13 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
-        multiply, decode = c.rows * c.tokens / 16, 2000 if c.row_tiles == 2 else 1200 if c.blocks == 1 else 975
-        step = max(decode, 1.1 * multiply + 0.4 * decode) * c.blocks
+        multiply, decoding = c.rows * c.tokens / 16, 1200 if c.row_tiles == 2 else 800 if c.blocks == 1 else 600
+        step = max(decoding, 1.1 * multiply + 0.4 * decoding) * c.blocks
         waves = -(-n // c.rows) * -(-m // c.tokens) / (sms * c.blocks)
         if not c.cut:
             return math.ceil(waves) * k / 128 * step
         # Sums go to memory and come back, one block after the other; and far from each other blocks share no cache.
-        share = 10000 + 1500 * c.blocks + 2 * c.rows * c.tokens * 4 / 25 + 600 / waves
+        share = 6000 + 2 * c.rows * c.tokens * 4 / 25 + 600 / waves
         return waves * k / 128 * step * (1 if waves < 6 else 1.1) + share
 
     return min(found, key=cycles)
