@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from lowbit.kernels.triton import (
     decode_packed,
     dequant,
     gemv,
+    row_quant,
     scaled_mm,
     weight_only,
 )
 
-MODULES = [act_quant, dequant, scaled_mm, weight_only]
+MODULES = [act_quant, dequant, row_quant, scaled_mm, weight_only]
 # Shared memory that one block can have: A100, and H100.
 SHARED = {80: 163 << 10, 90: 227 << 10}
 ACTIVATIONS = (
@@ -39,6 +41,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     """Configurations as on the GPU: splits along K, inline assembly, float8 conversions where it has them."""
     arch = request.node.callspec.params["arch"]
     monkeypatch.setattr(weight_only, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(row_quant, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(weight_only, "has_native_float8", lambda device: arch >= 89)
     monkeypatch.setattr(decode_packed, "uses_ptx", lambda device: True)
 
@@ -128,6 +131,32 @@ def test_activation_quantization_compiles(arch: int, monkeypatch: pytest.MonkeyP
             monkeypatch, MODULES, lambda a=act: act_quant.quantize(x, a, static if a.static else None, torch.bfloat16)
         )
     compile_all(launches, arch)
+
+
+@pytest.mark.slow
+@each_arch
+def test_quantization_after_something_compiles(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every source and kind of scales, rows alone and shared; codes where the GPU has their dtype."""
+    launches = []
+    for m, k in ((1, 4096), (1024, 1000)):
+        x, w = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
+        given = {"plain": (x,), "relu": (x,), "silu_mul": (torch.cat((x, x), 1),), "rms_norm": (x, w, 1e-5),
+                 "add_rms_norm": (x, x, w, 1e-5)}  # fmt: skip
+        for spec in ("float8_e4m3:row", "int8:row", "int8:row:asym", "float8_e4m3:g128", "mxfp8_e4m3", "nvfp4@static"):
+            act = parse_activation(spec)
+            assert act is not None
+            code = act.format.planes[0].dtype
+            dtypes = {
+                torch.bfloat16,
+                code if spec in ("float8_e4m3:row", "int8:row") and arch >= 89 else torch.bfloat16,
+            }
+            for (name, args), dtype in product(given.items(), dtypes):
+                launches += launches_of(
+                    monkeypatch, MODULES,
+                    lambda n=name, g=args, a=act, d=dtype: act_quant.after(n, g, a, torch.ones(1, 1), d),
+                )  # fmt: skip
+    compiled = compile_all(launches, arch)
+    assert len(compiled) > 50
 
 
 @pytest.mark.parametrize(("spec", "arch"), [("int8:row", 80), ("int8:row", 90), ("float8_e4m3:row", 90)])
