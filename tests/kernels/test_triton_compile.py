@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Any
 
@@ -42,6 +43,8 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     arch = request.node.callspec.params["arch"]
     monkeypatch.setattr(weight_only, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(row_quant, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(row_quant, "uses_ptx", lambda device: True)
+    monkeypatch.setattr(row_quant, "has_native_float8", lambda device: arch >= 89)
     monkeypatch.setattr(weight_only, "has_native_float8", lambda device: arch >= 89)
     monkeypatch.setattr(decode_packed, "uses_ptx", lambda device: True)
 
@@ -137,6 +140,8 @@ def test_activation_quantization_compiles(arch: int, monkeypatch: pytest.MonkeyP
 @each_arch
 def test_quantization_after_something_compiles(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every source and kind of scales, rows alone and shared; codes where the GPU has their dtype."""
+    if arch >= 90:
+        monkeypatch.setattr(row_quant, "early_options", lambda device: {"EARLY": True, "launch_pdl": True})
     launches = []
     for m, k in ((1, 4096), (1024, 1000)):
         x, w = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
@@ -157,6 +162,11 @@ def test_quantization_after_something_compiles(arch: int, monkeypatch: pytest.Mo
                 )  # fmt: skip
     compiled = compile_all(launches, arch)
     assert len(compiled) > 50
+    ptx = "".join(c.asm["ptx"] for c in compiled)
+    assert ("griddepcontrol.wait" in ptx) == (arch >= 90)
+    # From fp32 at once: by way of fp16 it would be rounded twice.
+    conversions = set(re.findall(r"cvt[.a-z0-9]*e4m3x2[.a-z0-9]*", ptx))
+    assert conversions == ({"cvt.rn.satfinite.e4m3x2.f32"} if arch >= 90 else set())
 
 
 @pytest.mark.parametrize(("spec", "arch"), [("int8:row", 80), ("int8:row", 90), ("float8_e4m3:row", 90)])

@@ -103,6 +103,9 @@ def check_exact_norm(spec: str) -> None:
     assert act is not None
     x, y = (torch.randint(-8, 9, (4, 3000), generator=torch.Generator().manual_seed(i)).float() for i in (0, 1))
     w = weights("normal", 1, 3000, seed=2)[0]
+    if spec == "int8:row":
+        codes, _ = act_quant.codes(x, act, None)
+        assert torch.equal(codes, act.quantize(x)["qdata"]), "int8 codes"
     total, *got = act_quant.after("add_rms_norm", (x, y, w, 1e-5), act, None, torch.float32)
     expected = decoder_ops.add_rms_norm(x, y, w, 1e-5)
     assert torch.equal(total, expected[0]), "sum"

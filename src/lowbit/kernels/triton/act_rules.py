@@ -148,15 +148,46 @@ def row_scale(v, R: tl.constexpr):
 
 
 @triton.jit
-def row_level(v, scale, zero_point, R: tl.constexpr):
-    """Level - zero point of fp32 `v` under one scale."""
-    q = tl.div_rn(v, scale)
+def divided(v, by, FMA: tl.constexpr):
+    """`v / by` for one divisor, correctly rounded where `|v / by|` is between 2**-18 and 2**16, and below as near to 0.
+
+    With fused multiply-adds a division is five instructions once the divisor's reciprocal r is known, instead of a
+    dozen: a quotient corrected by its remainder is within one unit in the last place, and one that is, corrected once
+    more with a correctly rounded r, is correctly rounded (Markstein, "Computation of elementary functions on the IBM
+    RISC System/6000 processor", 1990). Remainders must not underflow: other divisors, Inf and NaN among them, are left
+    to the instruction.
+    """
+    if FMA:
+        if (by > 8.271806125530277e-25) & (by < 1.2379400392853803e27):  # 2**-80 and 2**90
+            r = tl.div_rn(1.0, by)
+            q = v * r
+            q = tl.fma(tl.fma(-q, by, v), r, q)
+            q = tl.fma(tl.fma(-q, by, v), r, q)
+        else:
+            q = tl.div_rn(v, by)
+        return q
+    else:
+        return tl.div_rn(v, by)
+
+
+@triton.jit
+def int8_of(x):
+    """Integers within int8 as int8: the lowest byte of the sum of `round_even`. A conversion is four times as slow."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def row_level(v, scale, zero_point, R: tl.constexpr, FMA: tl.constexpr, ROUND: tl.constexpr):
+    """Level - zero point of fp32 `v` under one scale; unrounded without `ROUND`, for a conversion that rounds."""
+    q = divided(v, scale, FMA)
     if R.scaling == "range":
         # Rounded, moved, clamped: in this order, as in the definition. 2**21 is beyond every code.
         q = round_even(tl.minimum(tl.maximum(q, -2097152.0), 2097152.0)) + zero_point
         return level(q, R) - zero_point
-    else:
+    elif ROUND:
         return level(q, R)
+    else:
+        return q
 
 
 @triton.jit

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.triton.act_rules import Rule, group_scales, level, row_level, row_scale
+from lowbit.kernels.triton.act_rules import Rule, group_scales, int8_of, level, row_level, row_scale
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
-from lowbit.kernels.triton.launch import OPTIONS, early_options, multiprocessors, on_device
+from lowbit.kernels.triton.launch import OPTIONS, early_options, has_native_float8, multiprocessors, on_device, uses_ptx
 
 LONGEST = 65536  # of a row that registers hold
 PART = 1024  # the least of a row that is worth a program
@@ -76,10 +76,11 @@ def _normed(v, factor, w, x):
 def quantized_row_kernel(
     x, y, weight, total, operand, scales, static_scale, D, groups, eps,
     SOURCE: tl.constexpr, R: tl.constexpr, STATIC: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr, EARLY: tl.constexpr,
+    PART: tl.constexpr, FMA: tl.constexpr, CONVERT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid `(M, BLOCK / PART)`. One scale per row (or the given one), or one per group of K, which `FOLD` multiplies
-    into the operand."""
+    into the operand. `CONVERT`: float8 codes come from the GPU's own conversion, which rounds to nearest even, ties to
+    even, and saturates."""
     let_the_next_start(EARLY)
     NORM: tl.constexpr = SOURCE == "rms_norm" or SOURCE == "add_rms_norm"
     WHOLE: tl.constexpr = PART == BLOCK
@@ -113,7 +114,8 @@ def quantized_row_kernel(
     if SOURCE == "add_rms_norm":
         tl.store(total + row * D + mine, before.to(total.dtype.element_ty), mask=own)
     if R.group == 0:
-        q = row_level(v, scale, zero_point, R)
+        # Numbers may be far beyond a given scale, and their quotients beyond what `divided` is right for.
+        q = row_level(v, scale, zero_point, R, FMA and not STATIC, not CONVERT)
         # A static scale comes out, too, once.
         tl.store(scales + row, scale, mask=(tl.program_id(1) == 0) & ((row == 0) | (not STATIC)))
     else:
@@ -131,7 +133,10 @@ def quantized_row_kernel(
             group = tl.program_id(1) * G + tl.arange(0, G)
             tl.store(scales + row * groups + group, by, mask=group < groups)
         q = tl.reshape(levels, (PART,))
-    tl.store(operand + row * D + mine, q.to(operand.dtype.element_ty), mask=own)
+    if operand.dtype.element_ty == tl.int8:
+        tl.store(operand + row * D + mine, int8_of(q), mask=own)
+    else:
+        tl.store(operand + row * D + mine, q.to(operand.dtype.element_ty), mask=own)
 
 
 def row_block(k: int, group: int = 0) -> int:
@@ -176,13 +181,15 @@ def launch(
     if part is None:
         least = min(block, max(PART, rule.group))
         part = part_of(m, block, rule.group, multiprocessors(x.device)) if whole else least
+    converts = dtype.is_floating_point and dtype.itemsize == 1 and uses_ptx(x.device) and has_native_float8(x.device)
     # 16 numbers per thread of a row that is held, 8 of a part that is not reduced over.
     warps = block // 512 if whole else part // 256
     with on_device(x):
         quantized_row_kernel[(m, block // part)](
             x, x if source.y is None else source.y, x if source.weight is None else source.weight, total, operand,
             scales, x if static_scale is None else static_scale, k, groups, source.eps, SOURCE=source.name, R=rule,
-            STATIC=static_scale is not None, FOLD=fold, BLOCK=block, PART=part,
+            STATIC=static_scale is not None, FOLD=fold, BLOCK=block, PART=part, FMA=uses_ptx(x.device),
+            CONVERT=converts,
             num_warps=min(32 if block == LONGEST else 16, max(1, warps)), **early_options(x.device), **OPTIONS,
         )  # fmt: skip
     return total, operand, scales
