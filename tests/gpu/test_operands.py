@@ -85,10 +85,11 @@ def test_norms_of_any_numbers(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["float8_e4m3:row", "int8:row:asym", "mxfp8_e4m3"])
 def test_shared_rows_give_the_same_bits(spec: str) -> None:
+    """With sums that are exact in any order; others may differ in the last bit from one division to another."""
     act = activation(spec)
     rule = rule_of(act.format)
     assert rule is not None
-    x, y = (weights("student_t", 3, 5000, seed=i).to(BF16).cuda() for i in (0, 1))
+    x, y = (torch.randint(-8, 9, (3, 5000), generator=torch.Generator().manual_seed(i)).to(BF16).cuda() for i in (0, 1))
     w = weights("normal", 1, 5000, seed=2)[0].to(BF16).cuda()
     source = row_quant.Source("add_rms_norm", x, y, w, 1e-5)
     whole = row_quant.launch(source, rule, None, BF16, rule.scaling == "mx", 8192)

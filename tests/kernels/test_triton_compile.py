@@ -27,6 +27,7 @@ from lowbit.kernels.triton import (
     scaled_mm,
     weight_only,
 )
+from lowbit.tools import read_kernel
 
 MODULES = [act_quant, dequant, row_quant, scaled_mm, weight_only]
 # Shared memory that one block can have: A100, and H100.
@@ -134,6 +135,14 @@ def test_activation_quantization_compiles(arch: int, monkeypatch: pytest.MonkeyP
             monkeypatch, MODULES, lambda a=act: act_quant.quantize(x, a, static if a.static else None, torch.bfloat16)
         )
     compile_all(launches, arch)
+
+
+@each_arch
+def test_kernels_that_measure_compile(arch: int) -> None:
+    buffer = torch.empty(8, dtype=torch.int32)
+    Launch(read_kernel.empty_kernel, {"nothing": buffer}, {"num_warps": 1}).compile(arch)
+    given = {"source": buffer, "sums": buffer, "count": 8192, "BLOCK": 8192}
+    Launch(read_kernel.read_kernel, given, {"num_warps": 8}).compile(arch)
 
 
 @pytest.mark.slow

@@ -79,8 +79,10 @@ def quantized_row_kernel(
     PART: tl.constexpr, FMA: tl.constexpr, CONVERT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid `(M, BLOCK / PART)`. One scale per row (or the given one), or one per group of K, which `FOLD` multiplies
-    into the operand. `CONVERT`: float8 codes come from the GPU's own conversion, which rounds to nearest even, ties to
-    even, and saturates."""
+    into the operand.
+
+    `CONVERT`: float8 codes come from the GPU's own conversion, which rounds ties to even and saturates.
+    """
     let_the_next_start(EARLY)
     NORM: tl.constexpr = SOURCE == "rms_norm" or SOURCE == "add_rms_norm"
     WHOLE: tl.constexpr = PART == BLOCK
@@ -91,29 +93,26 @@ def quantized_row_kernel(
     own = mine < D
     if NORM:
         w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+        own_w = w if WHOLE else tl.load(weight + mine, mask=own, other=0.0).to(tl.float32)
     wait_for_the_kernel_before(EARLY)
     width = D * 2 if SOURCE == "silu_mul" else D
     x_row, y_row = x + row * width, y + row * width
-    if NORM or WHOLE or (R.group == 0 and not STATIC):
-        v = _given(x_row, y_row, d, D, inside, SOURCE)
-        if NORM:
-            before = v
-            factor = 1.0 / tl.sqrt_rn(tl.sum(v * v, axis=0) / D + eps)
-            v = _normed(v, factor, w, x)
+    # What is loaded twice is on its way at once, not after the sums over the row.
+    v = _given(x_row, y_row, mine, D, own, SOURCE)
+    if NORM or (R.group == 0 and not STATIC):
+        line = v if WHOLE else _given(x_row, y_row, d, D, inside, SOURCE)
+    if SOURCE == "add_rms_norm":
+        tl.store(total + row * D + mine, v.to(total.dtype.element_ty), mask=own)
+    if NORM:
+        factor = 1.0 / tl.sqrt_rn(tl.sum(line * line, axis=0) / D + eps)
+        line = _normed(line, factor, w, x)
+        v = line if WHOLE else _normed(v, factor, own_w, x)
     if R.group == 0:
         if STATIC:
             scale = tl.load(static_scale).to(tl.float32)
             zero_point = 0.0
         else:
-            scale, zero_point = row_scale(v, R)
-    if not WHOLE:
-        v = _given(x_row, y_row, mine, D, own, SOURCE)
-        if NORM:
-            before = v
-            v = _normed(v, factor, tl.load(weight + mine, mask=own, other=0.0).to(tl.float32), x)
-    if SOURCE == "add_rms_norm":
-        tl.store(total + row * D + mine, before.to(total.dtype.element_ty), mask=own)
-    if R.group == 0:
+            scale, zero_point = row_scale(line, R)
         # Numbers may be far beyond a given scale, and their quotients beyond what `divided` is right for.
         q = row_level(v, scale, zero_point, R, FMA and not STATIC, not CONVERT)
         # A static scale comes out, too, once.
