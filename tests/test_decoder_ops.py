@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_llama import CONFIG, tiny_ids, tiny_llama
 
+import lowbit
 from lowbit import decoder_ops as ops
-from lowbit.models import inference
+from lowbit.models import fuse_projections_, inference
 from lowbit.models.inference import State, forward
 
 B, G, S, D, H = 2, 2, 12, 8, 6
@@ -152,3 +153,59 @@ def test_the_model_in_ops_is_the_model(variant, dtype):
             at += part.shape[1]
             state.positions.fill_(at)
     torch.testing.assert_close(state.cache.keys, cache.keys, rtol=limit, atol=limit)
+
+
+QUANTIZED = (
+    "float8dq-row",
+    "int8dq",
+    "int8dq-asym",
+    "int8dq-int4-32",
+    "mxfp8dq",
+    "float8dq",
+    "float8dq-block",
+    "nvfp4dq",
+)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("spec", QUANTIZED)
+def test_codes_go_straight_to_the_layers(spec, joint, monkeypatch):
+    """With quantized activations the logits keep every bit, and layers that can take codes are given codes."""
+    model, ids = tiny_llama(CONFIG, torch.bfloat16), tiny_ids(2, 9)
+    if joint:
+        fuse_projections_(model)
+    lowbit.quantize_(model, spec)
+    given, plain = [], inference._wanted
+
+    def wanted(readers, x):
+        given.append(plain(readers, x))
+        return given[-1]
+
+    def logits():
+        state = State(model, 2, 20)
+        with torch.inference_mode():
+            first = forward(model, ids, state)
+            state.positions.fill_(9)
+            return torch.stack((first, forward(model, ids[:, :1], state)))
+
+    monkeypatch.setattr(inference, "_wanted", wanted)
+    got = logits()
+    monkeypatch.setattr(inference, "_wanted", lambda readers, x: None)
+    assert torch.equal(got, logits())
+    takes = spec not in ("float8dq", "float8dq-block", "nvfp4dq")  # scales of the whole input, or along K
+    assert len(given) == 2 * (3 * CONFIG.num_layers + 1)
+    assert all((how is not None) == takes for how in given)
+
+
+def test_watched_layers_see_what_they_are_given(monkeypatch):
+    """A hook must meet the layer's input, not codes of it."""
+    model, ids, seen = tiny_llama(CONFIG, torch.bfloat16), tiny_ids(1, 4), []
+    lowbit.quantize_(model, "int8dq")
+    first = model.model.layers[0]
+    first.self_attn.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    first.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.inference_mode():
+        forward(model, ids, State(model, 1, 8))
+    assert [(x.dtype, x.shape[-1]) for x in seen] == [
+        (torch.bfloat16, CONFIG.hidden_size), (torch.bfloat16, CONFIG.intermediate_size)
+    ]  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lowbit.errors import see
 from lowbit.formats.activation import parse_activation
-from lowbit.formats.base import Format, parse_format
+from lowbit.formats.base import Format, Planes, parse_format
 from lowbit.kernels import convolution
 from lowbit.kernels.convolution import Convolution
-from lowbit.kernels.problem import Problem, arch_of
+from lowbit.kernels.problem import Operand, Problem, arch_of
 from lowbit.kernels.select import select, select_gradient
 
 _LIB = torch.library.Library("lowbit", "DEF")
@@ -31,6 +31,10 @@ _LIB.define(
 _LIB.define(
     "linear_silu_mul(Tensor x, Tensor[] planes, Tensor? bias, Tensor? act_scale, str format, str act, SymInt n,"
     " SymInt k) -> Tensor"
+)
+_LIB.define(
+    "linear_of_operand(Tensor operand, Tensor row_scale, Tensor[] planes, Tensor? bias, str format, str act, SymInt n,"
+    " SymInt k, ScalarType dtype, bool gated) -> Tensor"
 )
 _LIB.define("linear_dgrad(Tensor grad, Tensor[] planes, str format, SymInt n, SymInt k) -> Tensor")
 _LIB.define("embedding(Tensor ids, Tensor[] planes, str format, SymInt n, SymInt k, ScalarType dtype) -> Tensor")
@@ -58,6 +62,10 @@ def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: 
         raise TypeError(
             f"lowbit.linear ({fmt.spec}): the input must be bf16, fp16 or fp32, got {x.dtype}" + see("input-mismatch")
         )
+    _check_sizes(x, planes, bias, fmt, n, k)
+
+
+def _check_sizes(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: Format, n: int, k: int) -> None:
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(
             f"lowbit.linear ({fmt.spec}): the input's last size must be K = {k}, got {tuple(x.shape)}"
@@ -103,13 +111,20 @@ def _run_linear(
     if x2d.stride() != (k, 1):
         x2d = x2d.contiguous()
     named = dict(zip(fmt.plane_names, planes, strict=True))
+    return _multiplied(x2d, named, bias, problem, act_scale, gated).view(*lead, width)
+
+
+def _multiplied(
+    x: Tensor | Operand, named: Planes, bias: Tensor | None, problem: Problem, act_scale: Tensor | None, gated: bool
+) -> Tensor:
+    """`(M, N)`, or `(M, N / 2)`, by the kernel that is chosen for the problem."""
     kernel = select(problem).kernel
     fused = kernel.silu_mul_function if gated else None
-    y = (fused or kernel.function)(x2d, named, bias, problem, act_scale)
+    y = (fused or kernel.function)(x, named, bias, problem, act_scale)
     if gated and fused is None:
         gate, up = (y if y.dtype == torch.float64 else y.float()).chunk(2, dim=-1)
         y = (F.silu(gate) * up).to(y.dtype)
-    return y.view(*lead, width)
+    return y
 
 
 def _width(n: int, gated: bool) -> int:
@@ -118,10 +133,59 @@ def _width(n: int, gated: bool) -> int:
     return n // 2 if gated else n
 
 
-def fuses_silu_mul(x: Tensor, spec: str, act: str, n: int, k: int) -> bool:
-    """Whether `linear_silu_mul` is one kernel for `x (..., K)`, rather than a linear layer and what follows."""
-    problem = problem_of(x, math.prod(x.shape[:-1]), n, k, spec, act)
+def fuses_silu_mul(problem: Problem) -> bool:
+    """Whether `linear_silu_mul` is one kernel for a problem, rather than a linear layer and what follows."""
     return problem.m > 0 and select(problem).kernel.silu_mul is not None
+
+
+def operand_dtype(problem: Problem) -> torch.dtype | None:
+    """What `linear_of_operand` wants for a problem: bf16 for levels, or the dtype of the activation's codes.
+
+    None where a layer takes `x` alone: activations that are not quantized, that need a scale of the whole input first,
+    or have scales along K that stay beside the codes.
+    """
+    act = problem.activation
+    if act is None or act.grouped or problem.m == 0 or problem.n == 0:
+        return None
+    if not act.static and any(p.n is None for p in act.format.scale_planes):
+        return None
+    return {"": None, "levels": torch.bfloat16, "codes": act.format.planes[0].dtype}[select(problem).kernel.operand]
+
+
+def _linear_of_operand(
+    operand: Tensor, row_scale: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, act: str, n: int, k: int,
+    dtype: torch.dtype, gated: bool,
+) -> Tensor:  # fmt: skip
+    """A linear layer `(..., N)` in `dtype` of an activation that is quantized already, or its `silu(gate) * up`.
+
+    Args:
+        operand: `(..., K)` in what `operand_dtype` says.
+        row_scale: fp32 `(M or 1, 1)`; the activation is `operand * row_scale`.
+    """
+    fmt, lead = parse_format(spec), operand.shape[:-1]
+    _check_sizes(operand, planes, bias, fmt, n, k)
+    m, width = math.prod(lead), _width(n, gated)
+    if m == 0 or n == 0:
+        return operand.new_empty(*lead, width, dtype=dtype)
+    problem = Problem(m, n, k, spec, act, dtype, operand.device.type, arch_of(operand.device))
+    wanted = operand_dtype(problem)
+    if operand.dtype != wanted or row_scale.shape not in ((m, 1), (1, 1)):
+        raise ValueError(
+            f"lowbit.linear_of_operand ({spec}, activation {act or 'none'}): {select(problem).kernel.name} takes "
+            f"{wanted or 'no quantized activation'} and row scales ({m}, 1) or (1, 1), got {operand.dtype} and "
+            f"{tuple(row_scale.shape)}; ask operand_dtype, or call linear" + see("input-mismatch")
+        )
+    x = Operand(operand.reshape(m, k).contiguous(), row_scale)
+    named = dict(zip(fmt.plane_names, planes, strict=True))
+    return _multiplied(x, named, bias, problem, None, gated).view(*lead, width)
+
+
+def _linear_of_operand_fake(
+    operand: Tensor, row_scale: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, act: str, n: int, k: int,
+    dtype: torch.dtype, gated: bool,
+) -> Tensor:  # fmt: skip
+    _check_sizes(operand, planes, bias, parse_format(spec), n, k)
+    return operand.new_empty(*operand.shape[:-1], _width(n, gated), dtype=dtype)
 
 
 def _linear_fake(
@@ -293,6 +357,7 @@ def _dequantize_fake(planes: list[Tensor], spec: str, n: int, k: int, dtype: tor
 for _name, _impl, _fake in (
     ("linear", _linear, _linear_fake),
     ("linear_silu_mul", _linear_silu_mul, _linear_silu_mul_fake),
+    ("linear_of_operand", _linear_of_operand, _linear_of_operand_fake),
     ("linear_dgrad", _linear_dgrad, _linear_dgrad_fake),
     ("embedding", _embedding, _embedding_fake),
     ("conv2d", _conv2d, _conv2d_fake),
@@ -307,6 +372,7 @@ torch.library.register_autograd("lowbit::conv2d", _conv2d_backward, setup_contex
 
 linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
 linear_silu_mul: Callable[..., Tensor] = torch.ops.lowbit.linear_silu_mul.default
+linear_of_operand: Callable[..., Tensor] = torch.ops.lowbit.linear_of_operand.default
 linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default
 embedding: Callable[..., Tensor] = torch.ops.lowbit.embedding.default
 conv2d: Callable[..., Tensor] = torch.ops.lowbit.conv2d.default

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,11 +24,13 @@ from lowbit.kernels.triton import (
     dequant,
     gemv,
     greedy,
+    row_quant,
     scaled_mm,
     weight_only,
 )
+from lowbit.tools import read_kernel
 
-MODULES = [act_quant, dequant, scaled_mm, weight_only]
+MODULES = [act_quant, dequant, row_quant, scaled_mm, weight_only]
 # Shared memory that one block can have: A100, and H100.
 SHARED = {80: 163 << 10, 90: 227 << 10}
 ACTIVATIONS = (
@@ -40,6 +44,9 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     """Configurations as on the GPU: splits along K, inline assembly, float8 conversions where it has them."""
     arch = request.node.callspec.params["arch"]
     monkeypatch.setattr(weight_only, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(row_quant, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(row_quant, "uses_ptx", lambda device: True)
+    monkeypatch.setattr(row_quant, "has_native_float8", lambda device: arch >= 89)
     monkeypatch.setattr(weight_only, "has_native_float8", lambda device: arch >= 89)
     monkeypatch.setattr(decode_packed, "uses_ptx", lambda device: True)
 
@@ -129,6 +136,47 @@ def test_activation_quantization_compiles(arch: int, monkeypatch: pytest.MonkeyP
             monkeypatch, MODULES, lambda a=act: act_quant.quantize(x, a, static if a.static else None, torch.bfloat16)
         )
     compile_all(launches, arch)
+
+
+@each_arch
+def test_kernels_that_measure_compile(arch: int) -> None:
+    buffer = torch.empty(8, dtype=torch.int32)
+    Launch(read_kernel.empty_kernel, {"nothing": buffer}, {"num_warps": 1}).compile(arch)
+    given = {"source": buffer, "sums": buffer, "count": 8192, "BLOCK": 8192}
+    Launch(read_kernel.read_kernel, given, {"num_warps": 8}).compile(arch)
+
+
+@pytest.mark.slow
+@each_arch
+def test_quantization_after_something_compiles(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every source and kind of scales, rows alone and shared; codes where the GPU has their dtype."""
+    if arch >= 90:
+        monkeypatch.setattr(row_quant, "early_options", lambda device: {"EARLY": True, "launch_pdl": True})
+    launches = []
+    for m, k in ((1, 4096), (1024, 1000)):
+        x, w = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
+        given = {"plain": (x,), "relu": (x,), "silu_mul": (torch.cat((x, x), 1),), "rms_norm": (x, w, 1e-5),
+                 "add_rms_norm": (x, x, w, 1e-5)}  # fmt: skip
+        for spec in ("float8_e4m3:row", "int8:row", "int8:row:asym", "float8_e4m3:g128", "mxfp8_e4m3", "nvfp4@static"):
+            act = parse_activation(spec)
+            assert act is not None
+            code = act.format.planes[0].dtype
+            dtypes = {
+                torch.bfloat16,
+                code if spec in ("float8_e4m3:row", "int8:row") and arch >= 89 else torch.bfloat16,
+            }
+            for (name, args), dtype in product(given.items(), dtypes):
+                launches += launches_of(
+                    monkeypatch, MODULES,
+                    lambda n=name, g=args, a=act, d=dtype: act_quant.after(n, g, a, torch.ones(1, 1), d),
+                )  # fmt: skip
+    compiled = compile_all(launches, arch)
+    assert len(compiled) > 50
+    ptx = "".join(c.asm["ptx"] for c in compiled)
+    assert ("griddepcontrol.wait" in ptx) == (arch >= 90)
+    # From fp32 at once: by way of fp16 it would be rounded twice.
+    conversions = set(re.findall(r"cvt[.a-z0-9]*e4m3x2[.a-z0-9]*", ptx))
+    assert conversions == ({"cvt.rn.satfinite.e4m3x2.f32"} if arch >= 90 else set())
 
 
 @pytest.mark.parametrize(("spec", "arch"), [("int8:row", 80), ("int8:row", 90), ("float8_e4m3:row", 90)])

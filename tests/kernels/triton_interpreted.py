@@ -18,7 +18,18 @@ from cases import KINDS, sqnr_db, weights
 from lowbit import decoder_ops
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
-from lowbit.kernels.triton import act_quant, between, decode_attention, dequant, gemv, greedy, scaled_mm, weight_only
+from lowbit.kernels.triton import (
+    act_quant,
+    between,
+    decode_attention,
+    dequant,
+    gemv,
+    greedy,
+    row_quant,
+    scaled_mm,
+    weight_only,
+)
+from lowbit.kernels.triton.act_rules import rule_of
 
 FORMATS = (
     "int4:g128", "int3:g64", "int2:g32:asym", "int1:g64:asym", "int8:row", "int8:b128x128", "int7:row", "nf4:g64:dq",
@@ -58,6 +69,57 @@ def check_activation(spec: str) -> None:
         assert got is not None, "no fused kernel"
         assert torch.equal(got[0], operand.float()), f"{kind}: operands"
         assert torch.equal(got[1], scale), f"{kind}: scales"
+
+
+SOURCES = ("plain", "relu", "silu_mul", "rms_norm", "add_rms_norm")
+AFTER = (
+    "float8_e4m3:row", "int8:row", "int8:row:asym", "float8_e4m3:g128", "mxfp8_e4m3", "nvfp4@static",
+    "int8:tensor@static",
+)  # fmt: skip
+EXACT = ("float8_e4m3:row", "int8:row", "int8:row:asym", "mxfp8_e4m3")
+
+
+def check_fused(spec: str) -> None:
+    """What one kernel makes equals the kernel before it, then `Activation.split`: also where programs share rows."""
+    act, (m, k) = parse_activation(spec), (3, 2100)
+    assert act is not None
+    rule = rule_of(act.format)
+    assert rule is not None
+    static = torch.full((1, 1), 0.0021) if act.static else None
+    fold = rule.scaling in ("mx", "nvfp4")
+    for dtype in (torch.float32, torch.float16):
+        for kind in ("normal", "zeros", "student_t"):
+            for name in SOURCES:
+                x = weights(kind, m, 2 * k if name == "silu_mul" else k).to(dtype)
+                y, w = weights("normal", m, k, seed=1).to(dtype), weights("normal", 1, k, seed=2)[0].to(dtype)
+                expected = {
+                    "plain": lambda x=x: x, "relu": lambda x=x: x.relu(), "silu_mul": lambda x=x: between.silu_mul(x),
+                    "rms_norm": lambda x=x, w=w: between.rms_norm(x, w, 1e-5),
+                    "add_rms_norm": lambda x=x, y=y, w=w: between.add_rms_norm(x, y, w, 1e-5)[1],
+                }[name]()  # fmt: skip
+                operand, scale = act.split(expected, static)
+                source = row_quant.Source(name, x, y, w, 1e-5)
+                for part in (None, 1024, 4096):
+                    total, got, scales = row_quant.launch(source, rule, static, torch.float32, fold, part)
+                    where = f"{name} {kind} {dtype} parts of {part}"
+                    assert torch.equal(got, operand.float()), f"{where}: {int((got != operand).sum())} levels differ"
+                    assert torch.equal(scales, scale), f"{where}: scales"
+                    assert torch.equal(total, x + y if name == "add_rms_norm" else x), f"{where}: sum"
+
+
+def check_exact_norm(spec: str) -> None:
+    """Squares whose sum is exact in any order: then the codes are those of the definition itself."""
+    act = parse_activation(spec)
+    assert act is not None
+    x, y = (torch.randint(-8, 9, (4, 3000), generator=torch.Generator().manual_seed(i)).float() for i in (0, 1))
+    w = weights("normal", 1, 3000, seed=2)[0]
+    if spec == "int8:row":
+        codes, _ = act_quant.codes(x, act, None)
+        assert torch.equal(codes, act.quantize(x)["qdata"]), "int8 codes"
+    total, *got = act_quant.after("add_rms_norm", (x, y, w, 1e-5), act, None, torch.float32)
+    expected = decoder_ops.add_rms_norm(x, y, w, 1e-5)
+    assert torch.equal(total, expected[0]), "sum"
+    assert all(map(torch.equal, got, (t.float() for t in act.split(expected[1])))), "codes"
 
 
 def check_int8(spec: str) -> None:
@@ -152,8 +214,9 @@ ATTENTIONS = ("8/2/64/plain/0,1,33", "6/1/96/normed/140", "2/2/128/normed/31,32"
 def main() -> int:
     failures = 0
     groups: list[tuple[Callable[[str], None], tuple[str, ...]]] = [
-        (check_weights, FORMATS), (check_activation, ACTIVATIONS), (check_int8, ("int8:row", "int8:tensor")),
-        (check_norms, ("96", "2048", "4097")), (check_gemv, ("9x1000", "4x4096")), (check_attention, ATTENTIONS),
+        (check_weights, FORMATS), (check_activation, ACTIVATIONS), (check_fused, AFTER), (check_exact_norm, EXACT),
+        (check_int8, ("int8:row", "int8:tensor")), (check_norms, ("96", "2048", "4097")),
+        (check_gemv, ("9x1000", "4x4096")), (check_attention, ATTENTIONS),
         (check_greedy, ("1x2048", "2x5000", "3x130")),
     ]  # fmt: skip
     for check, specs in groups:

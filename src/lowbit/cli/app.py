@@ -8,6 +8,7 @@ from lowbit.cli import language, machine, weights
 from lowbit.cli.bench import bench
 from lowbit.cli.bench_generate import generate as _  # noqa: F401 (adds its command to bench)
 from lowbit.cli.profile import profile
+from lowbit.cli.roofline import roofline
 
 app = typer.Typer(
     name="lowbit",
@@ -41,7 +42,7 @@ def root(
 
 for function in (
     machine.demo, weights.quantize, weights.verify, weights.load, language.generate, language.eval_, weights.inspect,
-    weights.explain, weights.warmup, profile, machine.doctor,
+    weights.explain, weights.warmup, profile, roofline, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)
 app.add_typer(bench, name="bench")

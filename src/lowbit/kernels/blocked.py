@@ -9,14 +9,16 @@ from torch import Tensor
 
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import Format
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 
 # fp32 weights of one block: 1 MiB stays in a CPU core's cache between being written and being read.
 BLOCK_ELEMENTS = 1 << 18
 
 
-def split_input(x: Tensor, act: Activation | None, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def split_input(x: Tensor | Operand, act: Activation | None, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The fp32 operand `(M, K)` that meets the weights, and the row scale of a quantized activation."""
+    if isinstance(x, Operand):
+        return x.values.float(), x.row_scale
     if act is None:
         return x.float(), None
     if act.grouped:
@@ -26,12 +28,12 @@ def split_input(x: Tensor, act: Activation | None, act_scale: Tensor | None) -> 
 
 
 def blocked(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`x (M, K)` times the weight `(N, K)` in fp32, one block of rows of the weight at a time."""
     fmt, (m, k), n = problem.weight, x.shape, problem.n
     operand, row_scale = split_input(x, problem.activation, act_scale)
-    y = torch.empty(m, n, dtype=torch.float32, device=x.device)
+    y = torch.empty(m, n, dtype=torch.float32, device=operand.device)
     for start, stop in fmt.row_blocks(n, k, BLOCK_ELEMENTS):
         w = fmt.dequantize_rows(planes, start, stop, k)
         torch.mm(operand, w.T, out=y[:, start:stop])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from lowbit.formats.activation import Activation, parse_activation
 from lowbit.formats.base import Format, parse_format
@@ -71,6 +72,23 @@ def early_launches() -> Iterator[None]:
 def starts_early() -> bool:
     """Whether `early_launches` is in force."""
     return _early.get()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An activation `(M, K)` that is quantized already: what kernels take in place of `x`.
+
+    Attributes:
+        values: bf16 levels, or 8-bit codes; a kernel's entry in the table says which it multiplies.
+        row_scale: fp32 `(M or 1, 1)`, `x ~ values * row_scale`.
+    """
+
+    values: Tensor
+    row_scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
 
 
 @dataclass(frozen=True)

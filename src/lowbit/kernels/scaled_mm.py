@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 
 
 def cublas_scaled_mm(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`x (M, K)` rounded to float8_e4m3 times codes `(N, K)` of the same element, scales per row or per tensor."""
     from lowbit.kernels.triton import act_quant, scaled_mm  # late: not every installation of torch brings triton
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,8 @@ class Kernel:
         batch_invariant: whether it can multiply so that a row's bits do not depend on the others.
         config: how it would launch for a problem that it takes, in words.
         silu_mul: like `run`, a function that also takes `silu(gate) * up` of the two halves of the outputs.
+        operand: what an activation has to be that comes to it quantized: "levels" in bf16, or the "codes" of its
+            format; empty where the kernel quantizes it itself.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Kernel:
     batch_invariant: bool = False
     config: Callable[[Problem], str] | None = None
     silu_mul: str | None = None
+    operand: Literal["", "levels", "codes"] = ""
 
     def why_not(self, p: Problem) -> str | None:
         if self.device is not None and self.device != p.device:
@@ -177,15 +181,24 @@ KERNELS: tuple[Kernel, ...] = (
         _small_m,
         config=small_m.describe,
         silu_mul="cuda.small_m:small_m_silu_mul",
+        operand="levels",
     ),
-    Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm),
-    Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm),
-    Kernel("cuda_wgmma", "cuda", "cuda.wgmma:wgmma", _wgmma, batch_invariant=True, config=wgmma.describe),
-    Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only),
-    Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton),
+    Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm, operand="codes"),
+    Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm, operand="codes"),
+    Kernel(
+        "cuda_wgmma",
+        "cuda",
+        "cuda.wgmma:wgmma",
+        _wgmma,
+        batch_invariant=True,
+        config=wgmma.describe,
+        operand="levels",
+    ),
+    Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only, operand="levels"),
+    Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton, operand="levels"),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),
-    Kernel("cpu_native", "cpu", "cpu.native:native", _native),
-    Kernel("torch_blocked", None, "blocked:blocked", _accept),
+    Kernel("cpu_native", "cpu", "cpu.native:native", _native, operand="levels"),
+    Kernel("torch_blocked", None, "blocked:blocked", _accept, operand="levels"),
     Kernel("reference", None, "reference:reference", _accept, by_name_only=True),
 )
 

@@ -1,23 +1,39 @@
 """A `Llama` as it runs for generation: the model's own modules, with one op for everything between two linear layers.
 
-A quantized layer is seven kernels for one new token (norm, qkv, attention, o, norm, gate and up with SiLU, down), nine
-for a prompt.
+A layer with quantized weights is seven kernels for one new token (norm, qkv, attention, o, norm, gate and up with SiLU,
+down), nine for a prompt. Where activations are quantized as well, norms and SiLU hand over codes, and only the inputs
+of o (and of down, for few tokens) need a kernel of their own.
 `Session` keeps what they need from step to step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit import decoder_ops as ops
+from lowbit import operand_ops
+from lowbit.kernels.problem import Problem, arch_of
+from lowbit.models import fuse
 from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm
-from lowbit.ops import fuses_silu_mul, linear_silu_mul
+from lowbit.ops import fuses_silu_mul, linear_of_operand, linear_silu_mul, operand_dtype
 from lowbit.tensor import QuantizedTensor
 
 #: That pass an MLP at once.
 TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a layer reads, already quantized: the operand `(B, T, K)`, its row scales, and the dtype of the results."""
+
+    operand: Tensor
+    row_scale: Tensor
+    dtype: torch.dtype
 
 
 class State:
@@ -70,26 +86,71 @@ def forward(model: Llama, ids: Tensor, state: State) -> Tensor:
     x, change = decoder.embed_tokens(ids), None
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
-        x, h = _normed(x, change, layer.input_layernorm)
+        x, h = _normed(x, change, layer.input_layernorm, readers_of(layer.self_attn))
         change = _attention(layer.self_attn, h, state, i)
-        x, h = _normed(x, change, layer.post_attention_layernorm)
+        # Longer prompts pass the MLP in parts.
+        readers = readers_of(layer.mlp) if batch * tokens <= TOKENS else ()
+        x, h = _normed(x, change, layer.post_attention_layernorm, readers)
         change = _mlp(layer.mlp, h)
     if tokens > 1:
         x, change = x[:, -1:], None if change is None else change[:, -1:]
-    _, h = _normed(x, change, decoder.norm)
+    _, h = _normed(x, change, decoder.norm, (model.lm_head,))
     return linear(model.lm_head, h).view(batch, -1)
 
 
-def _normed(x: Tensor, change: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """The residual stream with `change` added to it, and the same normed."""
+def readers_of(owner: Attention | MLP) -> tuple[nn.Module, ...]:
+    """The layers that read what is normed before an attention or an MLP."""
+    joint, parts = fuse.ATTENTION if isinstance(owner, Attention) else fuse.MLP
+    fused = getattr(owner, joint)
+    return (fused,) if fused is not None else tuple(owner.get_submodule(part) for part in parts)
+
+
+def _normed(
+    x: Tensor, change: Tensor | None, norm: RMSNorm, readers: Sequence[nn.Module]
+) -> tuple[Tensor, Tensor | Quantized]:
+    """The residual stream with `change` added to it, and the same normed, quantized where the readers take that."""
+    how = _wanted(readers, x)
+    if how is not None:
+        if change is None:
+            return x, Quantized(*operand_ops.rms_norm_quantized(x, norm.weight, norm.eps, *how), x.dtype)
+        total, operand, row_scale = operand_ops.add_rms_norm_quantized(x, change, norm.weight, norm.eps, *how)
+        return total, Quantized(operand, row_scale, x.dtype)
     if change is None:
         return x, ops.rms_norm(x, norm.weight, norm.eps)
     return ops.add_rms_norm(x, change, norm.weight, norm.eps)
 
 
-def _attention(a: Attention, h: Tensor, state: State, layer: int) -> Tensor:
-    batch, tokens, _ = h.shape
-    qkv = _joint(a.qkv_proj, ("q_proj", "k_proj", "v_proj"), a, h)
+def _problem(w: QuantizedTensor, like: Tensor, dtype: torch.dtype) -> Problem:
+    """That a layer poses for as many tokens as `like (B, T, ...)` has, in activations of `dtype`."""
+    what = (w.out_features, w.in_features, w.format.spec, w.act_spec)
+    return Problem(like.shape[0] * like.shape[1], *what, dtype, like.device.type, arch_of(like.device))
+
+
+def _wanted(readers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor | None, str, torch.dtype] | None:
+    """How the input of all of these layers is to be quantized, for the tokens and in the dtype of `x`.
+
+    None if one of them takes it as it is.
+    """
+    found: set[tuple[str, torch.dtype]] = set()
+    scales: list[Tensor | None] = []
+    for module in readers:
+        w = getattr(module, "weight", None)
+        if type(module) is not nn.Linear or not isinstance(w, QuantizedTensor) or not w.act_spec or _is_watched(module):
+            return None
+        dtype = operand_dtype(_problem(w, x, x.dtype))
+        if dtype is None:
+            return None
+        found.add((w.act_spec, dtype))
+        scales.append(w.act_scale)
+    # Calibrated scales are compared by identity: their values are on the device.
+    if len(found) != 1 or any(s is not scales[0] for s in scales):
+        return None
+    return scales[0], *found.pop()
+
+
+def _attention(a: Attention, h: Tensor | Quantized, state: State, layer: int) -> Tensor:
+    qkv = _joint(a, h)
+    batch, tokens, _ = qkv.shape
     keys, values = state.cache.keys[layer], state.cache.values[layer]
     q_norm = a.q_norm.weight if isinstance(a.q_norm, RMSNorm) else None
     k_norm = a.k_norm.weight if isinstance(a.k_norm, RMSNorm) else None
@@ -107,34 +168,54 @@ def _attention(a: Attention, h: Tensor, state: State, layer: int) -> Tensor:
     return linear(a.o_proj, y.reshape(batch, tokens, -1))
 
 
-def _mlp(mlp: MLP, h: Tensor) -> Tensor:
+def _mlp(mlp: MLP, h: Tensor | Quantized) -> Tensor:
     """Gate and up are several times as wide as what goes in: long prompts pass some thousand tokens at a time."""
-    if h.shape[0] * h.shape[1] > TOKENS:
+    if isinstance(h, Tensor) and h.shape[0] * h.shape[1] > TOKENS:
         parts = h.view(1, -1, h.shape[-1]).split(TOKENS, dim=1)
         return torch.cat([_mlp(mlp, part) for part in parts], dim=1).view(h.shape)
     fused = mlp.gate_up_proj
     if fused is not None and isinstance(w := fused.weight, QuantizedTensor) and not _is_watched(fused):
-        what = (w.format.spec, w.act_spec, w.out_features, w.in_features)
-        if fuses_silu_mul(h, *what):
-            return linear(mlp.down_proj, linear_silu_mul(h, list(w.planes.values()), fused.bias, w.act_scale, *what))
-    gate_up = _joint(fused, ("gate_proj", "up_proj"), mlp, h)
+        given = h if isinstance(h, Tensor) else h.operand
+        if fuses_silu_mul(_problem(w, given, h.dtype)):
+            return linear(mlp.down_proj, _gated(fused, w, h))
+    gate_up = _joint(mlp, h)
+    how = _wanted((mlp.down_proj,), gate_up)
+    if how is not None:
+        return linear(mlp.down_proj, Quantized(*operand_ops.silu_mul_quantized(gate_up, *how), gate_up.dtype))
     return linear(mlp.down_proj, ops.silu_mul(gate_up))
 
 
-def _joint(fused: nn.Linear | None, parts: tuple[str, ...], owner: nn.Module, x: Tensor) -> Tensor:
+def _gated(module: nn.Linear, w: QuantizedTensor, h: Tensor | Quantized) -> Tensor:
+    if isinstance(h, Quantized):
+        return _of_operand(module, w, h, gated=True)
+    what = (w.format.spec, w.act_spec, w.out_features, w.in_features)
+    return linear_silu_mul(h, list(w.planes.values()), module.bias, w.act_scale, *what)
+
+
+def _joint(owner: Attention | MLP, x: Tensor | Quantized) -> Tensor:
     """What the joint projection gives, or the separate ones side by side."""
-    if fused is not None:
-        return linear(fused, x)
-    return torch.cat([linear(owner.get_submodule(part), x) for part in parts], dim=-1)
+    done = [linear(module, x) for module in readers_of(owner)]
+    return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
+def linear(module: nn.Module, x: Tensor | Quantized) -> Tensor:
     """The module's result; for one token and a plain weight on a GPU, by the kernel that is made for that."""
+    if isinstance(x, Quantized):
+        assert isinstance(module, nn.Linear)
+        assert isinstance(module.weight, QuantizedTensor)
+        return _of_operand(module, module.weight, x, gated=False)
     if x.is_cuda and x.numel() == x.shape[-1] and type(module) is nn.Linear and not _is_watched(module):
         weight = module.weight
         if not isinstance(weight, QuantizedTensor) and weight.dtype == x.dtype:
             return ops.gemv(x, weight, module.bias)
     return module(x)  # type: ignore[no-any-return]
+
+
+def _of_operand(module: nn.Linear, w: QuantizedTensor, x: Quantized, gated: bool) -> Tensor:
+    return linear_of_operand(
+        x.operand, x.row_scale, list(w.planes.values()), module.bias, w.format.spec, w.act_spec, w.out_features,
+        w.in_features, x.dtype, gated,
+    )  # fmt: skip
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -1,5 +1,5 @@
 """The plots of `lowbit bench`: of `linear`, one panel per layer and scheme, time over the number of tokens; of
-`generate`, one bar per row, what a token's time consists of."""
+`generate`, one bar per row, what a token's time consists of; and the roofline, one dot per row."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from lowbit.errors import see
 from lowbit.tools.bench_rows import BF16, LOWBIT, GenerateRow, Record, Row
+from lowbit.tools.roofline import Ceilings, RooflineRow
 
 SUFFIXES = (".svg", ".png", ".pdf")
 _TEXT, _MUTED, _GRID = "#22272e", "#5f6975", "#e3e7ec"
@@ -199,3 +200,60 @@ def budget(row: GenerateRow) -> tuple[float, float, float]:
     linears = min(step, row.linears_us or 0.0)
     floor = min(linears, row.floor_us or 0.0)
     return floor, linears - floor, step - linears
+
+
+# roofline ----------------------------------------------------------------------------------------
+
+_UNITS = {"bf16": "#7b8794", "float8": "#1f77b4", "int8": "#2a9d6f"}
+
+
+def write_roofline(rows: Sequence[RooflineRow], ceilings: Ceilings, path: Path, subtitle: str) -> None:
+    """Draw operations per second over operations per byte: a dot per row and recipe, the measured ceilings as lines.
+
+    Raises:
+        ValueError: no row has a time, or the file's suffix is none that can be written.
+        ImportError: matplotlib is not installed.
+    """
+    check_plot(path)
+    timed = [r for r in rows if r.b_q_e2e_s and r.b_bf16_e2e_s]
+    if not timed:
+        raise ValueError("--plot: nothing was measured, so there is nothing to draw" + see("bad-option"))
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    height = 5.6
+    figure = Figure(figsize=(8.6, height), facecolor="white")
+    axes: Any = figure.add_axes((0.09, 0.1, 0.88, 1 - 1.55 / height))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    least = min(min(r.intensity, r.bf16_intensity) for r in timed) / 2
+    most = max(2 * max(ceilings.peaks.values()) / ceilings.bandwidth, 2 * max(r.intensity for r in timed))
+    for unit, peak in ceilings.peaks.items():
+        knee = peak / ceilings.bandwidth
+        axes.plot([least, knee, most], [least * ceilings.bandwidth / 1e12, peak / 1e12, peak / 1e12],
+                  color=_UNITS[unit], linewidth=1.4, label=f"ceiling of {unit}", zorder=2)  # fmt: skip
+    spare = iter([*list(_STYLES.values())[1:], *_SPARE] * len(timed))
+    axes.scatter([r.bf16_intensity for r in timed], [r.operations / (r.b_bf16_e2e_s or 1) / 1e12 for r in timed],
+                 s=22, color=_UNITS[BF16], marker="s", label="bf16", zorder=3)  # fmt: skip
+    for recipe in dict.fromkeys(r.recipe for r in timed):
+        own, (colour, marker, _) = [r for r in timed if r.recipe == recipe], next(spare)
+        axes.scatter([r.intensity for r in own], [r.operations / (r.b_q_e2e_s or 1) / 1e12 for r in own], s=34,
+                     color=colour, marker=marker, edgecolor="white", linewidth=0.5, label=recipe, zorder=4)  # fmt: skip
+    axes.set_xlabel("operations per byte of ReLU and Linear", fontsize=9, color=_MUTED)
+    axes.set_ylabel("TFLOP/s", fontsize=9, color=_MUTED)
+    axes.grid(True, which="major", color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(_GRID)
+    axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
+    inch = 1 / height
+    title: dict[str, Any] = {"fontsize": 12.5, "fontweight": "bold", "color": _TEXT, "va": "top"}
+    figure.text(0.012, 1 - 0.13 * inch, "ReLU and a linear layer below the ceilings of this machine", **title)
+    figure.text(0.012, 1 - 0.37 * inch, subtitle, fontsize=8.5, color=_MUTED, va="top")
+    figure.legend(loc="upper left", bbox_to_anchor=(0.006, 1 - 0.5 * inch), ncols=5, frameon=False, fontsize=9,
+                  labelcolor=_TEXT)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -21,7 +21,7 @@ from lowbit.cache import cache_dir
 from lowbit.formats.base import Format
 from lowbit.formats.elements import Element, FloatElement, IntElement
 from lowbit.kernels.blocked import split_input
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 
 # No contraction to fused multiply-adds in the decoder: weights come out bit-equal to `Format.dequantize`.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-std=c11")
@@ -97,8 +97,8 @@ def _cpu() -> str:
 
 
 def native(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`x (M, K)` times the weight `(N, K)`; at most one block of rows is ever decoded.
 
     Arithmetic is fp32; many bf16 tokens on a CPU that multiplies bf16 meet weights rounded to bf16.

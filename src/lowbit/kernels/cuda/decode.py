@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.formats.base import Format
 from lowbit.formats.elements import FloatElement, IntElement, TableElement
 from lowbit.kernels.cuda.loader import Defines
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 
 # The names of decode.cuh.
 _INT, _FLOAT, _TABLE, _VECTOR = range(4)
@@ -116,9 +116,10 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def operand(x: Tensor, problem: Problem, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def operand(x: Tensor | Operand, problem: Problem, act_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What is multiplied, and the scale of its rows: a quantized activation is split into levels and scales."""
     if problem.activation is None:
+        assert isinstance(x, Tensor)
         return x, None
     from lowbit.kernels.triton import act_quant
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.formats.base import Format
 from lowbit.formats.elements import FloatElement, IntElement
 from lowbit.kernels.cuda import decode, loader
-from lowbit.kernels.problem import Problem, capability
+from lowbit.kernels.problem import Operand, Problem, capability
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 MAX_TOKENS = 16
@@ -99,16 +99,16 @@ def describe(problem: Problem) -> str:
 
 
 def small_m(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The table's entry: `y (M, N)` from `x (M, K)`, both bf16 or fp16, and the planes."""
     x, row_scale = decode.operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)
 
 
 def small_m_silu_mul(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`silu(gate) * up`, `(M, N / 2)`, for a weight whose first half are the rows of the gate, in the same kernel."""
     x, row_scale = decode.operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale, gated=True)

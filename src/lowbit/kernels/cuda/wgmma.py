@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.kernels.cuda import decode, loader, small_m
-from lowbit.kernels.problem import Problem, is_batch_invariant
+from lowbit.kernels.problem import Operand, Problem, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 # What a block may use, less what lies beside the rings (barriers and tables).
@@ -201,8 +201,8 @@ def describe(problem: Problem) -> str:
 
 
 def wgmma(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The table's entry: `y (M, N)` from `x (M, K)`, both bf16 or fp16, and the planes."""
     x, row_scale = decode.operand(x, problem, act_scale)
     return launch(x, planes, problem.weight, problem.n, bias, row_scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.kernels.cuda import dequant as cuda_dequant
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.decode import layout_of, levels, scales, weight_args
 from lowbit.kernels.triton.launch import OPTIONS, on_device
@@ -94,17 +94,19 @@ def rows_per_chunk(row_bytes: int, budget: int) -> int:
 
 
 def chunked(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`x (M, K)` times the weight `(N, K)`, rows of the weight at a time."""
     fmt, n, (m, k) = problem.weight, problem.n, x.shape
     row_scale = None
     act = problem.activation
     if act is not None and act.grouped:
+        assert isinstance(x, Tensor)
         # Scales that vary along K cannot wait for the end of a sum: they cost the operand one rounding.
         x = act_quant.dequantized(x, act, act_scale)
     elif act is not None:
         x, row_scale = act_quant.split(x, act, act_scale)
+    assert isinstance(x, Tensor)
     bias = None if bias is None else bias.to(problem.dtype).contiguous()
     y = torch.empty(m, n, dtype=problem.dtype, device=x.device)
     chunk = rows_per_chunk(k * x.element_size(), WORKSPACE)

@@ -33,7 +33,7 @@ def _count(index: int) -> int:
 
 def has_native_float8(device: torch.device) -> bool:
     """Whether the GPU converts and multiplies float8 itself."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and capability(device.index or 0) >= (8, 9)
 
 
 def uses_ptx(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.launch import OPTIONS, on_device
 
@@ -99,8 +99,8 @@ def matmul(
 
 
 def scaled_mm(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The table's entry: activation to codes, codes times codes."""
     assert problem.activation is not None
     w = planes["qdata"]

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats.base import Format
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.problem import Operand, Problem
 from lowbit.kernels.triton import act_quant
 from lowbit.kernels.triton.decode import Layout, Tiles, layout_of, levels, scales, tile_bytes, tile_of, weight_args
 from lowbit.kernels.triton.decode_packed import lut_of, lut_parts, packing_for, part_of, split_parts
@@ -288,16 +288,18 @@ def matmul(
 
 
 def weight_only(
-    x: Tensor, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None
-) -> Tensor:
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The table's entry: quantizes the activation if the problem asks for it, then multiplies."""
     act, row_scale, group = problem.activation, None, 0
     if act is not None and act.grouped:
         group = act.scale_tile[1] or 0
+        assert isinstance(x, Tensor)
         if act.scale_tile[0] != 1 or group % 16:
             # No step along K has one scale per token: the rounded activation itself is multiplied, in fp32.
             x, group = act.format.dequantize(act.quantize(x, act_scale), *x.shape), 0
             return matmul(x, planes, problem.weight, problem.n, bias, problem.dtype)
     if act is not None:
         x, row_scale = act_quant.split(x, act, act_scale)
+    assert isinstance(x, Tensor)
     return matmul(x, planes, problem.weight, problem.n, bias, problem.dtype, row_scale, group)
