@@ -227,7 +227,7 @@ def test_peers_are_chosen_by_name():
     assert choose_peers(None, known) == ([here], ["absent"])
     assert choose_peers(["none"], known) == ([], [])
     assert choose_peers(["here", "here"], known) == ([here], [])
-    assert here.versions() == {"torch": torch.__version__}
+    assert here.versions() == {"torch": importlib.metadata.version("torch")}
     assert absent.versions() == {}
     with pytest.raises(ValueError, match="pip install no-such-package"):
         choose_peers(["absent"], known)
