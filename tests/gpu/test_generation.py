@@ -11,10 +11,11 @@ import torch
 import lowbit
 from lowbit.models import LlamaConfig
 from lowbit.models.random import random_model
+from lowbit.models.sampling import Sampling, draw
 from lowbit.models.session import Session, forget_session, session_for
 from lowbit.models.shapes import SHAPES
 from lowbit.specs import parse_config
-from lowbit.tools.generate import choose, generate
+from lowbit.tools.generate import generate
 
 MIB = 1 << 20
 SMALL = LlamaConfig(
@@ -104,7 +105,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     session.prefill(prompts(2, 20))
     random = torch.Generator("cuda").manual_seed(0)
     logits = session.step()
-    choose(logits.float(), 0.8, 50, 0.9, random)
+    sampling = Sampling(0.8, 50, 0.9)
+    draw(sampling.probabilities(logits), random)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -112,7 +114,7 @@ def test_nothing_waits_for_the_gpu() -> None:
             logits = session.step()
         with torch.inference_mode():
             for _ in range(5):
-                session.put(choose(logits.float(), 0.8, 50, 0.9, random))
+                session.put(draw(sampling.probabilities(logits), random))
                 logits = session.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
