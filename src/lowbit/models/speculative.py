@@ -151,7 +151,7 @@ class Speculative:
             n = accept_most_likely(proposed, tokens)
         else:
             tokens, n = accept_drawn(proposed, sampling.probabilities(logits), torch.stack(q, dim=1), random)
-        if ended is not None:
+        if ended is not None and bool(ended.any()):
             n = n.masked_fill(ended.to(n.device), self.tokens)
         found = torch.cat((n[:, None], tokens), dim=1).cpu()
         fewest = int(found[:, 0].min())
