@@ -230,6 +230,6 @@ def decode_attention(
             qkv if k_norm is None else k_norm, eps, sums, stats, arrived, out, groups, capacity, d, d // 2,
             math.log2(math.e) / math.sqrt(d), T=tokens, R=shared, NORM=q_norm is not None, SPLITS=splits, BLOCK=block,
             ROWS=rows, FEW=max(1, min(ceil_pow2(lines), MOST_SUMS // (splits * half))), HALF=half,
-            num_warps=4 if rows < 64 else 8, num_stages=2, **early_options(qkv.device), **OPTIONS,
+            num_warps=4 if rows < 32 else 8, num_stages=2, **early_options(qkv.device), **OPTIONS,
         )  # fmt: skip
     return out
