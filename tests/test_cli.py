@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.app import app
+from lowbit.cli.generate import Text
 from lowbit.models.tokenizer import load_tokenizer
 from lowbit.specs import EXAMPLES
 from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
@@ -170,20 +171,77 @@ def test_draws_follow_the_seed(model):
 
 
 def test_a_character_of_several_tokens_is_shown_when_complete(model, capsys):
-    from lowbit.cli.language import _Stream
-
     tokenizer = load_tokenizer(model)
-    stream, shown = _Stream(tokenizer, shown=True), []
-    for token in tokenizer.encode("aä€b"):
-        stream(torch.tensor([token]))
-        shown.append(capsys.readouterr().out)
-    stream.end()
-    assert shown == ["a", "", "ä", "", "", "€", "b"]
-    assert stream.text == "aä€b"
+    text = Text(tokenizer)
+    assert [text.add(token) for token in tokenizer.encode("aä€b")] == ["a", "", "ä", "", "", "€", "b"]
+    assert (text.end(), text.text, text.ended) == ("", "aä€b", False)
+
+
+def test_a_text_ends_in_front_of_a_stop(model):
+    """What might become a stop is held back; what then does not, is shown."""
+    tokenizer = load_tokenizer(model)
+    text = Text(tokenizer, ["abc", "bd"])
+    assert [text.add(token) for token in tokenizer.encode("xababdy")] == ["x", "", "", "ab", "", "a", ""]
+    assert (text.text, text.ended, text.tokens) == ("xaba", True, 6)
+    held = Text(tokenizer, ["abc"])
+    assert [held.add(token) for token in tokenizer.encode("xab")] == ["x", "", ""]
+    assert (held.end(), held.text, held.ended) == ("ab", "xab", False)
+    end = Text(tokenizer)
+    assert [end.add(token) for token in (tokenizer.encode("x")[0], tokenizer.eos_ids[0], 5)] == ["x", "", ""]
+    assert (end.ended, end.tokens) == (True, 2)
+
+
+def test_generate_stops(model):
+    words = ("generate", model, "-p", "the sky", "--max-new-tokens", 12)
+    free = document(*words)
+    stop = free["text"][5:7]
+    assert (place := free["text"].find(stop)) >= 0
+    got = document(*words, "--stop", stop, "--stop", "never said")
+    assert got["text"] == free["text"][:place]
+    assert got["new_tokens"] < free["new_tokens"]
+    assert run(*words, "--stop", stop).stdout == got["text"] + "\n"
+    assert "--stop is empty" in run(*words, "--stop", "", code=2).output
+
+
+def test_generate_takes_several_prompts(model, tmp_path):
+    """Each says what it would say alone, in the order in which they were given."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("the sea\n\nthe skies\n")
+    words = ("generate", model, "--max-new-tokens", 6, "--dtype", "float32")
+    got = document(*words, "-p", "the sky", "-p", "a", "--prompts", file)
+    questions = ["the sky", "a", "the sea", "the skies"]
+    assert [t["prompt"] for t in got["texts"]] == questions
+    for t in got["texts"]:
+        alone = document(*words, "-p", t["prompt"])
+        assert {name: alone[name] for name in t} == t
+    shown = run(*words, "-p", "the sky", "-p", "a")
+    assert shown.stdout == "".join(f"> {t['prompt']}\n{t['text']}\n\n" for t in got["texts"][:2])
+    assert f"{8 + 2} prompt tokens" in shown.stderr
+    assert "give a --prompt" in run("generate", model, code=2).output
+
+
+def test_generate_with_a_draft(model, quantized, tmp_path):
+    """By config and by MODEL; the text is that of the target."""
+    words = ("generate", model, "-p", "the sky", "--max-new-tokens", 20, "--dtype", "float32")
+    alone = document(*words)
+    assert (alone["draft"], alone["speculation"]) == (None, None)
+    for draft in ("int4wo-32", "int8wo", quantized):
+        got = document(*words, "--draft", draft, "--draft-tokens", 3)
+        assert got["text"] == alone["text"]
+        assert got["draft"] == str(draft)
+        s = got["speculation"]
+        assert s["proposed"] == 3 * s["passes"] > 0
+        assert s["acceptance"] == s["accepted"] / s["proposed"]
+        assert 1 <= s["tokens_per_pass"] <= 4
+    shown = run(*words, "--draft", "int8wo")
+    assert shown.stdout == alone["text"] + "\n"
+    assert "proposals accepted" in shown.stderr
+    assert "quantized twice" in run("generate", quantized, "-p", "x", "--draft", "int4wo-32", code=2).output
+    assert "unknown config" in run(*words, "--draft", "int4w", code=2).output
 
 
 def test_a_terminal_gets_no_commands_from_a_model():
-    from lowbit.cli.language import _visible
+    from lowbit.cli.generate import _visible
 
     assert _visible("a\x1b[2Jb\r\n\tä€\x9b") == "a\ufffd[2Jb\ufffd\n\tä€\ufffd"
 

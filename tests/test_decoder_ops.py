@@ -1,6 +1,7 @@
 """The ops between linear layers: their definitions against the model's plain code, their schemas, their errors."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -58,20 +59,24 @@ def test_rope_write_turns_and_stores(normed):
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("positions", [(4, 4), (0, 0), (11, 2)])
-def test_decode_attention_looks_at_its_own_sequence_alone(positions, normed):
-    qkv, keys, values, at, *rest = given(torch.float64, tokens=1, positions=positions, normed=normed)
+@pytest.mark.parametrize(
+    ("positions", "tokens"), [((4, 4), 1), ((0, 0), 1), ((11, 2), 1), ((4, 4), 5), ((0, 0), 3), ((7, 2), 5)]
+)
+def test_decode_attention_looks_at_its_own_sequence_alone(positions, tokens, normed):
+    """And at no token behind its own."""
+    qkv, keys, values, at, *rest = given(torch.float64, tokens=tokens, positions=positions, normed=normed)
     ours = [keys.clone(), values.clone()]
     arrived = torch.zeros(B * G, dtype=torch.int32)
-    y = ops.decode_attention(qkv[:, 0], *ours, at, *rest, arrived)
+    y = ops.decode_attention(qkv, *ours, at, *rest, arrived)
     q = ops.rope_write(qkv, keys, values, at, *rest)
     assert torch.equal(ours[0], keys)
     assert torch.equal(ours[1], values)
     for b in range(B):
-        for h in range(H):
-            n, g = positions[b] + 1, h // (H // G)
-            weights = (keys[b, g, :n] @ q[b, 0, h] / D**0.5).softmax(0)
-            torch.testing.assert_close(y[b, h * D : (h + 1) * D], weights @ values[b, g, :n], rtol=1e-12, atol=1e-12)
+        for t, h in product(range(tokens), range(H)):
+            n, g = positions[b] + t + 1, h // (H // G)
+            weights = (keys[b, g, :n] @ q[b, t, h] / D**0.5).softmax(0)
+            got = y[b, t, h * D : (h + 1) * D]
+            torch.testing.assert_close(got, weights @ values[b, g, :n], rtol=1e-12, atol=1e-12)
 
 
 def test_norms_and_products():
@@ -101,14 +106,13 @@ def test_bf16_is_rounded_once():
 
 def test_schemas_say_what_is_written():
     arrived = torch.zeros(B * G, dtype=torch.int32)
-    one = given(tokens=1)
     for op, args in (
         (ops.rms_norm, (torch.randn(3, 8), torch.ones(8), 1e-5)),
         (ops.add_rms_norm, (torch.randn(3, 8), torch.randn(3, 8), torch.ones(8), 1e-5)),
         (ops.silu_mul, (torch.randn(3, 8),)),
         (ops.gemv, (torch.randn(1, 8), torch.randn(5, 8), None)),
         (ops.rope_write, given()),
-        (ops.decode_attention, (one[0][:, 0], *one[1:], arrived)),
+        (ops.decode_attention, (*given(), arrived)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 

@@ -98,19 +98,21 @@ def _decode_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, heads: int, arrived: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention of one new token `qkv (B, (H + 2 G) D)` over the cache and itself: `(B, H D)`.
+    """Attention of T new tokens `qkv (B, T, (H + 2 G) D)` over the cache, themselves and those before: `(B, T, H D)`.
 
     Arguments are those of `rope_write`; `arrived` is int32 `(B G,)` of zeros that the kernel counts in.
     """
-    q = _rope_write(qkv[:, None], keys, values, positions, cos, sin, q_norm, k_norm, eps, heads)
+    q = _rope_write(qkv, keys, values, positions, cos, sin, q_norm, k_norm, eps, heads)
+    batch, tokens = qkv.shape[:2]
     places, mask = positions.tolist(), None
-    end = max(places) + 1
+    end = max(places) + tokens
     if min(places) + 1 < end:
-        mask = (torch.arange(end, device=qkv.device) <= positions[:, None])[:, None, None]
+        last = positions[:, None] + torch.arange(tokens, device=qkv.device)
+        mask = (torch.arange(end, device=qkv.device) <= last[:, :, None])[:, None]
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=heads > keys.shape[1]
     )
-    return y.transpose(1, 2).reshape(qkv.shape[0], -1)
+    return y.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 def _take_greedy(logits: Tensor, token: Tensor, positions: Tensor, ids: Tensor, arrived: Tensor, step: int) -> None:
@@ -174,7 +176,7 @@ def _attention_fake(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, heads: int, arrived: Tensor,
 ) -> Tensor:  # fmt: skip
-    return qkv.new_empty(qkv.shape[0], heads * keys.shape[3])
+    return qkv.new_empty(*qkv.shape[:2], heads * keys.shape[3])
 
 
 def _nothing(logits: Tensor, token: Tensor, positions: Tensor, ids: Tensor, arrived: Tensor, step: int) -> None:

@@ -1,7 +1,8 @@
-"""What the GPU tests share: weights of every format on the GPU, inputs that are hard to sum, the fp64 answer."""
+"""What the GPU tests share: weights of every format, inputs that are hard to sum, the fp64 answer, small models."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from cases import sqnr_db, weights
 from torch import Tensor
 
+import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import Format
 from lowbit.formats.activation import Activation
+from lowbit.models import Llama, LlamaConfig
+from lowbit.models.random import random_model
 
 # fp32 products are exact to many digits; bf16 and fp16 are held to the format's own number.
 FP32_SQNR_DB = 100.0
@@ -58,3 +62,30 @@ def assert_close(y: Tensor, reference: Tensor, fmt: Format, dtype: torch.dtype) 
     assert y.shape == reference.shape
     got = sqnr_db(reference, y)
     assert got >= limit, f"{fmt.spec} {tuple(y.shape)} {dtype}: {got:.1f} dB, at least {limit} dB expected"
+
+
+# Models that generate ------------------------------------------------------------------------------
+
+SMALL = LlamaConfig(
+    vocab_size=1000, hidden_size=512, intermediate_size=1024, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
+    max_positions=2048, norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+VARIANTS = {
+    "plain": SMALL, "qwen3": replace(SMALL, qk_norm=True, head_dim=128), "biases": replace(SMALL, qkv_bias=True),
+    "tied": replace(SMALL, tie_embeddings=True), "head_dim 96": replace(SMALL, head_dim=96),
+}  # fmt: skip
+
+
+def made(config: LlamaConfig, spec: str | None, dtype: torch.dtype = torch.bfloat16) -> Llama:
+    """Weights ten times as large as usual, so that a wrong bit changes the text."""
+    model = random_model(config, None, "cuda", dtype).model
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.mul_(5)
+    if spec is not None:
+        lowbit.quantize_(model, spec)
+    return model
+
+
+def prompts(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(1000, (batch, tokens), generator=torch.Generator().manual_seed(seed)).cuda()

@@ -82,14 +82,15 @@ def test_rope_write(heads: int, groups: int, d: int, normed: bool, dtype: torch.
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "groups", "d", "normed"), SHAPES)
-@pytest.mark.parametrize("capacity", [300, 5000])
-def test_decode_attention(heads: int, groups: int, d: int, normed: bool, capacity: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("capacity", "tokens"), [(300, 1), (5000, 1), (300, 5), (5000, 2), (5000, 16)])
+def test_decode_attention(
+    heads: int, groups: int, d: int, normed: bool, capacity: int, tokens: int, dtype: torch.dtype
+) -> None:
     """Every number of parts, lengths from the first token to the last place; again with the same bits."""
-    positions = torch.tensor([0, 1, 63, 64, 65, 200, capacity - 1], dtype=torch.int32, device="cuda")
+    positions = torch.tensor([0, 1, 63, 64, 65, 200, capacity - tokens], dtype=torch.int32, device="cuda")
     batch = len(positions)
-    qkv, start, cos, sin, norms = given(batch, heads, groups, d, capacity, dtype, normed, tokens=1)
+    qkv, start, cos, sin, norms = given(batch, heads, groups, d, capacity, dtype, normed, tokens=tokens)
     arrived = torch.zeros(batch * groups, dtype=torch.int32, device="cuda")
-    qkv = qkv[:, 0]
     exact = exactly(ops.decode_attention, qkv, start, positions, cos, sin, norms, heads, arrived.cpu())
     for splits in (1, 2, 4, 8, 16):
         cache = [t.clone() for t in start]
@@ -107,7 +108,7 @@ def test_other_places_of_the_cache_stay() -> None:
     before = [t.clone() for t in cache]
     positions = torch.tensor([5, 299, 128], dtype=torch.int32, device="cuda")
     arrived = torch.zeros(24, dtype=torch.int32, device="cuda")
-    ops.decode_attention(qkv[:, 0], *cache, positions, cos, sin, *norms, 1e-5, 32, arrived)
+    ops.decode_attention(qkv, *cache, positions, cos, sin, *norms, 1e-5, 32, arrived)
     for new, old in zip(cache, before, strict=True):
         for b, at in enumerate(positions.tolist()):
             changed = (new[b] != old[b]).any(-1).any(0).nonzero().flatten().tolist()
@@ -119,7 +120,7 @@ def test_a_position_beyond_the_cache_writes_nothing() -> None:
     whole = torch.zeros(2, 8, 64, 128, dtype=torch.bfloat16, device="cuda")  # what lies behind would show a write
     positions = torch.tensor([64], dtype=torch.int32, device="cuda")
     arrived = torch.zeros(8, dtype=torch.int32, device="cuda")
-    ops.decode_attention(qkv[:, 0], whole[:1], cache[1], positions, cos, sin, *norms, 1e-5, 32, arrived)
+    ops.decode_attention(qkv, whole[:1], cache[1], positions, cos, sin, *norms, 1e-5, 32, arrived)
     assert not whole.any()
 
 
@@ -136,7 +137,7 @@ def test_started_early_they_give_the_same_bits() -> None:
         h, total = ops.rms_norm(x, weight, 1e-5), x
         for _ in range(8):
             y = ops.gemv(h, w, None)
-            y = ops.decode_attention(y, *cache, positions, cos, sin, *norms, 1e-5, heads, arrived)
+            y = ops.decode_attention(y[:, None], *cache, positions, cos, sin, *norms, 1e-5, heads, arrived)[:, 0]
             total, h = ops.add_rms_norm(total, ops.gemv(y, o, None), weight, 1e-5)
             h = ops.silu_mul(torch.cat((h, total), dim=-1))
         return h

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
+from gpu_cases import SMALL, VARIANTS, made, prompts
 
 import lowbit
-from lowbit.models import LlamaConfig
 from lowbit.models.random import random_model
+from lowbit.models.sampling import Sampling, draw
 from lowbit.models.session import Session, forget_session, session_for
 from lowbit.models.shapes import SHAPES
 from lowbit.specs import parse_config
-from lowbit.tools.generate import choose, generate
+from lowbit.tools.generate import generate
 
 MIB = 1 << 20
-SMALL = LlamaConfig(
-    vocab_size=1000, hidden_size=512, intermediate_size=1024, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
-    max_positions=2048, norm_eps=1e-5, rope_theta=10000.0,
-)  # fmt: skip
-VARIANTS = {
-    "plain": SMALL, "qwen3": replace(SMALL, qk_norm=True, head_dim=128), "biases": replace(SMALL, qkv_bias=True),
-    "tied": replace(SMALL, tie_embeddings=True), "head_dim 96": replace(SMALL, head_dim=96),
-}  # fmt: skip
 CONFIGS = (None, "int4wo-128", "int8wo", "float8wo", "nf4wo-64", "int8dq", "float8dq-row")
-
-
-def made(config: LlamaConfig, spec: str | None, dtype: torch.dtype = torch.bfloat16):
-    """Weights ten times as large as usual, so that a wrong bit changes the text."""
-    model = random_model(config, None, "cuda", dtype).model
-    for p in model.parameters():
-        if p.dim() == 2:
-            p.mul_(5)
-    if spec is not None:
-        lowbit.quantize_(model, spec)
-    return model
-
-
-def prompts(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1000, (batch, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
 
 
 @pytest.mark.parametrize("spec", CONFIGS)
@@ -104,7 +81,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     session.prefill(prompts(2, 20))
     random = torch.Generator("cuda").manual_seed(0)
     logits = session.step()
-    choose(logits.float(), 0.8, 50, 0.9, random)
+    sampling = Sampling(0.8, 50, 0.9)
+    draw(sampling.probabilities(logits), random)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -112,7 +90,7 @@ def test_nothing_waits_for_the_gpu() -> None:
             logits = session.step()
         with torch.inference_mode():
             for _ in range(5):
-                session.put(choose(logits.float(), 0.8, 50, 0.9, random))
+                session.put(draw(sampling.probabilities(logits), random))
                 logits = session.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -229,7 +229,9 @@ def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytes
                 between.add_rms_norm(x, x, w[0], 1e-5)
                 between.silu_mul(w)
                 between.rope_write(qkv[:, None], *where)
-                decode_attention.decode_attention(qkv, *where, counters)
+                decode_attention.decode_attention(qkv[:, None], *where, counters)
+                decode_attention.decode_attention(qkv[:, None].expand(-1, 5, -1), *where, counters)
+                decode_attention.decode_attention(qkv[:, None].expand(-1, 16, -1), *where, counters)
                 gemv.gemv(x, w, None)
                 greedy.take_greedy(x, counters[:1].long(), counters[:1], counters[None].long(), counters, 1)
 

@@ -157,7 +157,7 @@ def check_gemv(shape: str) -> None:
 
 
 def check_attention(case: str) -> None:
-    """A prompt and the tokens behind it, each alone: the ops in fp64, and the kernels with every number of parts."""
+    """A prompt, and new tokens behind others: the ops in fp64, and the kernels with every number of parts."""
     heads, groups, d, normed, positions = parse_case(case)
     batch, capacity, tokens = len(positions), 150, 5
     norms = [weights("normal", 1, d, seed=7 + i)[0] if normed else None for i in range(2)]
@@ -177,12 +177,13 @@ def check_attention(case: str) -> None:
                               run(decoder_ops.rope_write, qkv, torch.float64), strict=True):  # fmt: skip
         close(got, reference, "rope")
     arrived = torch.zeros(batch * groups, dtype=torch.int32)
-    expected = run(decoder_ops.decode_attention, qkv[:, 0], torch.float64, arrived)
-    for splits in (1, 2, 8):
-        for got, reference in zip(run(decode_attention.decode_attention, qkv[:, 0], torch.float32, arrived, splits),
-                                  expected, strict=True):  # fmt: skip
-            close(got, reference, f"attention in {splits} parts")
-        assert not arrived.any(), "the counters are not zero again"
+    for new in (qkv[:, :1], qkv):
+        expected = run(decoder_ops.decode_attention, new, torch.float64, arrived)
+        for splits in (1, 2, 8):
+            for got, reference in zip(run(decode_attention.decode_attention, new, torch.float32, arrived, splits),
+                                      expected, strict=True):  # fmt: skip
+                close(got, reference, f"attention of {new.shape[1]} tokens in {splits} parts")
+            assert not arrived.any(), "the counters are not zero again"
 
 
 def check_greedy(case: str) -> None:

@@ -56,6 +56,56 @@ def test_a_token_can_be_replaced():
     assert torch.equal(session.ids, recomputed(model, forced, 1))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("at", [0, 3, 9])
+def test_reading_gives_the_logits_of_steps(at, tokens):
+    """Whatever was in the cache from there on is gone; steps go on behind."""
+    model, ids, other = tiny_llama(dtype=torch.float64), tiny_ids(3, 9), tiny_ids(3, 20, seed=7)
+    session = Session(model, 3, 30)
+    session.prefill(ids)
+    for _ in range(4):
+        session.step()
+    read = other[:, :tokens]
+    logits = session.read(read, at)
+    whole = torch.cat((session.ids[:, :at], read), dim=1)
+    torch.testing.assert_close(logits, model(whole)[:, at:], rtol=1e-9, atol=1e-9)
+    assert session.length == at + tokens + 1
+    session.step()
+    assert torch.equal(session.ids, recomputed(model, whole, 2))
+
+
+def test_going_back():
+    model, ids = tiny_llama(), tiny_ids(2, 5)
+    session = Session(model, 2, 20)
+    session.prefill(ids)
+    session.read(torch.cat((session.token[:, None], tiny_ids(2, 4, seed=3)), dim=1), 5)
+    session.rewind(8, torch.tensor([7, 8]))
+    kept = torch.cat((session.ids[:, :7], torch.tensor([[7], [8]])), dim=1)
+    assert torch.equal(session.ids, kept)
+    session.step()
+    assert torch.equal(session.ids, recomputed(model, kept, 1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_where_batches_change_nothing_reading_is_steps_to_the_bit(batch):
+    """And elsewhere it is not: the two sum in different orders."""
+    model, ids = tiny_llama(replace(CONFIG, hidden_size=512, intermediate_size=1024, head_dim=64)), tiny_ids(batch, 9)
+    different = False
+    for invariant in (True, False):
+        with lowbit.batch_invariant() if invariant else contextlib.nullcontext():
+            session = Session(model, batch, 30)
+            session.prefill(ids)
+            steps = torch.stack([session.step().clone() for _ in range(5)], dim=1)
+            cache = session.state.cache.keys.clone()
+            logits = session.read(session.ids[:, 9:14], 9)
+            if invariant:
+                assert torch.equal(logits, steps)
+                assert torch.equal(session.state.cache.keys, cache)
+            else:
+                different = not torch.equal(logits, steps)
+    assert different, "nothing was shown"
+
+
 def test_what_it_keeps():
     session = Session(tiny_llama(), 2, 20)
     half, groups = CONFIG.head_dim // 2, CONFIG.num_kv_heads
@@ -76,6 +126,16 @@ def test_errors():
     with pytest.raises(ValueError, match="11 tokens do not fit into a cache of 10"):
         session.prefill(tiny_ids(2, 11))
     session.prefill(tiny_ids(2, 9))
+    with pytest.raises(ValueError, match=r"tokens to read must be \(2, tokens\) with at least one token, got \(2, 0\)"):
+        session.read(tiny_ids(2, 0), 1)
+    with pytest.raises(ValueError, match="12 tokens do not fit into a cache of 10"):
+        session.read(tiny_ids(2, 3), 9)
+    with pytest.raises(ValueError, match="no token at -1, 10 are there"):
+        session.read(tiny_ids(2, 1), -1)
+    with pytest.raises(ValueError, match="goes back to 2 to 10 tokens, which are there, not to 11"):
+        session.rewind(11, torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="reads at most 16 tokens at once, got 17"):
+        Session(model, 2, 30).read(tiny_ids(2, 17), 0)
     session.step()
     with pytest.raises(ValueError, match="11 tokens do not fit into a cache of 10"):
         session.step()
@@ -129,13 +189,21 @@ def test_graphs_are_captured_once_and_counted(graphs):
     session.capture_prompt(9)
     assert len(Graph.made) == 2
     assert session.graph_bytes == 14
+    session.capture_read(3)
+    session.prefill(tiny_ids(2, 9))
+    logits = session.read(tiny_ids(2, 3, seed=5), 4).clone()
+    plain = Session(model, 2, 24)
+    plain.prefill(tiny_ids(2, 9))
+    assert torch.equal(logits, plain.read(tiny_ids(2, 3, seed=5), 4))
+    assert torch.equal(session.ids, plain.ids)
+    assert len(Graph.made) == 3
     for seed, tokens in ((1, 9), (2, 5), (3, 9)):
         ids = tiny_ids(2, tokens, seed)
         session.prefill(ids)
         for _ in range(6):
             session.step()
         assert torch.equal(session.ids, recomputed(model, ids, 7))
-    assert len(Graph.made) == 2
+    assert len(Graph.made) == 3
 
 
 def test_on_a_cpu_nothing_is_kept():
@@ -149,6 +217,8 @@ def test_a_fingerprint_tells_whether_weights_have_moved():
     model = tiny_llama(replace(CONFIG, hidden_size=64, intermediate_size=96, num_heads=4, head_dim=16))
     first = fingerprint(model)
     assert fingerprint(model) == first
+    with lowbit.batch_invariant():
+        assert fingerprint(model) != first
     lowbit.quantize_(model, "int8wo")
     second = fingerprint(model)
     assert second != first

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_llama import CONFIG, tiny_ids, tiny_llama
 
-from lowbit.tools.generate import choose, generate
+from lowbit.models.sampling import Sampling, draw
+from lowbit.tools.generate import generate
 
 
 def recomputed(model, ids, steps):
@@ -67,7 +68,7 @@ def test_a_seed_repeats_a_draw():
 
 def frequencies(logits, draws=20000, **settings):
     rows = logits.expand(draws, -1)
-    tokens = choose(rows, **{"temperature": 1.0, "top_k": None, "top_p": None} | settings, random=torch.Generator())
+    tokens = draw(Sampling(**{"temperature": 1.0} | settings).probabilities(rows), torch.Generator())
     return torch.bincount(tokens, minlength=logits.numel()) / draws
 
 

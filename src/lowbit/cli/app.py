@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lowbit.cli import language, machine, weights
+from lowbit.cli import evaluate, generate, machine, weights
 from lowbit.cli.bench import bench
 from lowbit.cli.bench_generate import generate as _  # noqa: F401 (adds its command to bench)
 from lowbit.cli.profile import profile
@@ -41,7 +41,7 @@ def root(
 
 
 for function in (
-    machine.demo, weights.quantize, weights.verify, weights.load, language.generate, language.eval_, weights.inspect,
+    machine.demo, weights.quantize, weights.verify, weights.load, generate.generate, evaluate.eval_, weights.inspect,
     weights.explain, weights.warmup, profile, roofline, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)

@@ -56,13 +56,14 @@ _early: ContextVar[bool] = ContextVar("lowbit_early", default=False)
 
 
 @contextlib.contextmanager
-def early_launches() -> Iterator[None]:
+def early_launches(on: bool = True) -> Iterator[None]:
     """In this context, kernels that know how start before the one ahead of them has ended, and wait for it themselves.
 
     Programmatic dependent launch, from Hopper on: what they need not wait for (weights) is on its way meanwhile. No
-    kernel right before them may write a layer's weights.
+    kernel right before them may write a layer's weights, or what the attention reads of the cache; `on=False` is for
+    such a place inside the context.
     """
-    token = _early.set(True)
+    token = _early.set(on)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from lowbit.models.config import LlamaConfig
 from lowbit.models.fuse import Fusion, fuse_projections_, unfuse_projections_
 from lowbit.models.llama import KVCache, Llama
 from lowbit.models.random import random_model
+from lowbit.models.sampling import Sampling
 from lowbit.models.session import Session
 from lowbit.models.shapes import shape_of
 
@@ -19,6 +20,7 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Sampling",
     "Session",
     "fuse_projections_",
     "load_model",

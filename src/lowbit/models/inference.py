@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit import decoder_ops as ops
 from lowbit import operand_ops
-from lowbit.kernels.problem import Problem, arch_of
+from lowbit.kernels.problem import Problem, arch_of, early_launches, is_batch_invariant
 from lowbit.models import fuse
 from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm
 from lowbit.ops import fuses_silu_mul, linear_of_operand, linear_silu_mul, operand_dtype
@@ -25,6 +25,8 @@ from lowbit.tensor import QuantizedTensor
 
 #: That pass an MLP at once.
 TOKENS = 8192
+#: New tokens of a sequence that pass the model at once, behind those in the cache: what the attention's kernel takes.
+MOST_NEW = 16
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,39 @@ def forward(model: Llama, ids: Tensor, state: State) -> Tensor:
 
     More than one token has to be the beginning of its sequence.
     """
-    batch, tokens = ids.shape
+    x, change = _layers(model, ids, state, begins=ids.shape[1] > 1)
+    if ids.shape[1] > 1:
+        x, change = x[:, -1:], None if change is None else change[:, -1:]
+    return _logits(model, x, change)[:, 0]
+
+
+def forward_new(model: Llama, ids: Tensor, state: State) -> Tensor:
+    """Logits `(B, T, V)` behind each of the new tokens `ids (B, T)`, which go into the cache at `state.positions`.
+
+    They follow what is in the cache there; at most `MOST_NEW`. In `batch_invariant()` every token has the bits that it
+    would have alone: what does not promise that (attention, layers that are not quantized) takes one after the other.
+    """
+    return _logits(model, *_layers(model, ids, state, begins=False))
+
+
+def _layers(model: Llama, ids: Tensor, state: State, begins: bool) -> tuple[Tensor, Tensor | None]:
+    """The residual stream behind all layers, and what has yet to be added to it."""
     decoder = model.model
     x, change = decoder.embed_tokens(ids), None
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
         x, h = _normed(x, change, layer.input_layernorm, readers_of(layer.self_attn))
-        change = _attention(layer.self_attn, h, state, i)
+        change = _attention(layer.self_attn, h, state, i, begins)
         # Longer prompts pass the MLP in parts.
-        readers = readers_of(layer.mlp) if batch * tokens <= TOKENS else ()
+        readers = readers_of(layer.mlp) if ids.numel() <= TOKENS else ()
         x, h = _normed(x, change, layer.post_attention_layernorm, readers)
         change = _mlp(layer.mlp, h)
-    if tokens > 1:
-        x, change = x[:, -1:], None if change is None else change[:, -1:]
-    _, h = _normed(x, change, decoder.norm, (model.lm_head,))
-    return linear(model.lm_head, h).view(batch, -1)
+    return x, change
+
+
+def _logits(model: Llama, x: Tensor, change: Tensor | None) -> Tensor:
+    _, h = _normed(x, change, model.model.norm, (model.lm_head,))
+    return linear(model.lm_head, h)
 
 
 def readers_of(owner: Attention | MLP) -> tuple[nn.Module, ...]:
@@ -148,7 +168,7 @@ def _wanted(readers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor | None, str
     return scales[0], *found.pop()
 
 
-def _attention(a: Attention, h: Tensor | Quantized, state: State, layer: int) -> Tensor:
+def _attention(a: Attention, h: Tensor | Quantized, state: State, layer: int, begins: bool) -> Tensor:
     qkv = _joint(a, h)
     batch, tokens, _ = qkv.shape
     keys, values = state.cache.keys[layer], state.cache.values[layer]
@@ -156,15 +176,21 @@ def _attention(a: Attention, h: Tensor | Quantized, state: State, layer: int) ->
     k_norm = a.k_norm.weight if isinstance(a.k_norm, RMSNorm) else None
     eps = a.q_norm.eps if isinstance(a.q_norm, RMSNorm) else 0.0
     heads = a.groups * keys.shape[1]
-    where = (keys, values, state.positions, state.cos, state.sin, q_norm, k_norm, eps, heads)
-    if tokens == 1:
-        y = ops.decode_attention(qkv.view(batch, -1), *where, state.arrived)
-    else:
-        q = ops.rope_write(qkv, *where)
+    where, rest = (keys, values), (state.cos, state.sin, q_norm, k_norm, eps, heads)
+    if begins:
+        q = ops.rope_write(qkv, *where, state.positions, *rest)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys[:, :, :tokens], values[:, :, :tokens], is_causal=True, enable_gqa=a.groups > 1
         )
         y = y.transpose(1, 2)
+    elif tokens > 1 and is_batch_invariant():
+        # Each looks at what the one ahead of it has written into the cache, and so may not begin before its end.
+        with early_launches(False):
+            parts = enumerate(qkv.split(1, dim=1))
+            each = [ops.decode_attention(x, *where, state.positions + t, *rest, state.arrived) for t, x in parts]
+            y = torch.cat(each, dim=1)
+    else:
+        y = ops.decode_attention(qkv, *where, state.positions, *rest, state.arrived)
     return linear(a.o_proj, y.reshape(batch, tokens, -1))
 
 
@@ -204,6 +230,9 @@ def linear(module: nn.Module, x: Tensor | Quantized) -> Tensor:
         assert isinstance(module, nn.Linear)
         assert isinstance(module.weight, QuantizedTensor)
         return _of_operand(module, module.weight, x, gated=False)
+    new = x.shape[1] if x.dim() == 3 else 1
+    if 1 < new <= MOST_NEW and is_batch_invariant() and not isinstance(module.weight, QuantizedTensor):
+        return torch.cat([linear(module, part.contiguous()) for part in x.split(1, dim=1)], dim=1)
     if x.is_cuda and x.numel() == x.shape[-1] and type(module) is nn.Linear and not _is_watched(module):
         weight = module.weight
         if not isinstance(weight, QuantizedTensor) and weight.dtype == x.dtype:

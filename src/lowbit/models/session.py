@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import see
-from lowbit.kernels.problem import early_launches
+from lowbit.kernels.problem import early_launches, is_batch_invariant
 from lowbit.kernels.select import triton_missing
-from lowbit.models.inference import State, forward
+from lowbit.models.inference import MOST_NEW, State, forward, forward_new
 from lowbit.models.llama import Llama
 from lowbit.tensor import QuantizedTensor
 
@@ -64,6 +64,7 @@ class Session:
         self.graph_bytes, self.capture_seconds = 0, 0.0
         self._fingerprint = fingerprint(model)
         self._prompts: dict[int, tuple[_Graph, Tensor]] = {}
+        self._reads: dict[int, tuple[_Graph, Tensor]] = {}
         self._step = self._captured(self._run_step) if (possible if graph is None else graph) else None
 
     @property
@@ -101,13 +102,7 @@ class Session:
         Raises:
             ValueError: another number of sequences, no token, or more than the capacity.
         """
-        tokens = ids.shape[-1]
-        if ids.dim() != 2 or ids.shape[0] != self.batch or tokens == 0:
-            raise ValueError(
-                f"Session: prompts must be ({self.batch}, tokens) with at least one token, got {tuple(ids.shape)}"
-                + see("input-mismatch")
-            )
-        self._check_room(tokens)
+        tokens = self._checked(ids, "prompts")
         self.length = 0
         self.state.positions.zero_()
         self.state.ids[:, :tokens] = ids
@@ -119,6 +114,53 @@ class Session:
             logits = self._run_prompt(self.state.ids[:, :tokens])
         self.length = tokens + 1
         return logits
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, at: int) -> Tensor:
+        """Have `ids (B, T)` from place `at` on instead of what is there, and take the most likely token behind them.
+
+        One pass over T tokens costs little more than a step, since it reads the weights once, too.
+
+        Args:
+            at: of a token that is there: 0 to `length - 1`.
+
+        Returns:
+            logits `(B, T, V)` behind each of the tokens, valid until the next call.
+
+        Raises:
+            ValueError: another number of sequences, no token or more than 16, a place that is not there, or more than
+                the capacity.
+        """
+        tokens = self._checked(ids, "tokens to read", at)
+        if tokens > MOST_NEW:
+            raise ValueError(f"Session: reads at most {MOST_NEW} tokens at once, got {tokens}" + see("bad-option"))
+        if not 0 <= at < self.length:
+            raise ValueError(f"Session: there is no token at {at}, {self.length} are there" + see("bad-option"))
+        self.state.positions.fill_(at)
+        self.state.ids[:, at : at + tokens] = ids
+        if tokens in self._reads:
+            graph, given = self._reads[tokens]
+            given.copy_(ids)
+            logits = graph.replay()
+        else:
+            logits = self._run_read(ids)
+        self.length = at + tokens + 1
+        return logits
+
+    @torch.inference_mode()
+    def rewind(self, length: int, token: Tensor) -> None:
+        """Have the first `length - 1` tokens only, and `token (B,)` as the newest behind them.
+
+        Raises:
+            ValueError: so many are not there.
+        """
+        if not 1 < length <= self.length:
+            raise ValueError(
+                f"Session: goes back to 2 to {self.length} tokens, which are there, not to {length}" + see("bad-option")
+            )
+        self.length = length
+        self.state.positions.fill_(length - 1)
+        self.put(token)
 
     @torch.inference_mode()
     def step(self) -> Tensor:
@@ -140,12 +182,31 @@ class Session:
     @torch.inference_mode()
     def capture_prompt(self, tokens: int) -> None:
         """Capture a graph for prompts of this many tokens too, if steps are graphs. It begins anew."""
-        if self._step is None or tokens in self._prompts:
+        self._capture(self._prompts, self._run_prompt, tokens)
+
+    @torch.inference_mode()
+    def capture_read(self, tokens: int) -> None:
+        """The same for reading so many tokens behind others."""
+        self._capture(self._reads, self._run_read, tokens)
+
+    def _capture(self, into: dict[int, tuple[_Graph, Tensor]], run: Callable[[Tensor], Tensor], tokens: int) -> None:
+        if self._step is None or tokens in into:
             return
         self._check_room(tokens)
         given = torch.zeros(self.batch, tokens, dtype=torch.int64, device=self.state.ids.device)
-        self._prompts[tokens] = (self._captured(lambda: self._run_prompt(given)), given)
+        into[tokens] = (self._captured(lambda: run(given)), given)
         self.length = 0
+
+    def _checked(self, ids: Tensor, what: str, at: int = 0) -> int:
+        """The number of tokens of each sequence in `ids`, which fit from place `at` on."""
+        tokens = ids.shape[-1]
+        if ids.dim() != 2 or ids.shape[0] != self.batch or tokens == 0:
+            raise ValueError(
+                f"Session: {what} must be ({self.batch}, tokens) with at least one token, got {tuple(ids.shape)}"
+                + see("input-mismatch")
+            )
+        self._check_room(at + tokens)
+        return tokens
 
     def _check_room(self, tokens: int) -> None:
         if self.length == 0 and tokens == 0:
@@ -159,6 +220,11 @@ class Session:
     def _run_prompt(self, ids: Tensor) -> Tensor:
         logits = forward(self.model, ids, self.state)
         self.state.take_greedy(logits, ids.shape[1])
+        return logits
+
+    def _run_read(self, ids: Tensor) -> Tensor:
+        logits = forward_new(self.model, ids, self.state)
+        self.state.take_greedy(logits[:, -1], ids.shape[1])
         return logits
 
     def _run_step(self) -> Tensor:
@@ -240,8 +306,8 @@ def forget_session(model: Llama) -> None:
 
 
 def fingerprint(model: Llama) -> tuple[object, ...]:
-    """What a graph depends on: where the weights are, and what they mean."""
-    found: list[object] = []
+    """What a graph depends on: where the weights are, what they mean, and how they are to be multiplied."""
+    found: list[object] = [is_batch_invariant()]
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, QuantizedTensor):
             stored = [*tensor.planes.values(), *([] if tensor.act_scale is None else [tensor.act_scale])]

@@ -1,8 +1,7 @@
-"""Commands that run a language model: generate, eval."""
+"""The command eval: what quantization costs a language model."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,6 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from lowbit.cli.output import (
     Debug,
@@ -23,108 +21,14 @@ from lowbit.cli.output import (
     emit_json,
     megabytes,
     progress_bar,
-    say,
     stdout,
 )
-from lowbit.cli.weights import Config, quantize_as_asked
+from lowbit.cli.weights import quantize_as_asked
 from lowbit.errors import see
-from lowbit.models.fuse import fuse_projections_
 from lowbit.models.llama import Llama
-from lowbit.models.tokenizer import Tokenizer
 from lowbit.specs import parse_config
 from lowbit.tools.evaluate import EvalResult, evaluate, held_out_text, reference_of
-from lowbit.tools.generate import generate as generate_tokens
 from lowbit.tools.sources import find_source, parse_dtype, rules_for, variant, weight_bytes
-
-
-@command
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model continues or answers.")],
-    config: Config = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; 1 draws as the model says.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that sum up to p.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Generate text, shown as it comes, and say how fast."""
-    source = find_source(model)
-    loaded = source.model(parse_dtype(dtype), device)
-    tokenizer = source.tokenizer()
-    if config is not None:
-        quantize_as_asked(source, loaded, rules_for(loaded, config), device)
-    fuse_projections_(loaded)
-    if raw or tokenizer.chat_template is None:
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    if not ids:
-        raise ValueError("--prompt is empty; give at least one word")
-    stream = _Stream(tokenizer, shown=not as_json)
-    result = generate_tokens(
-        loaded, torch.tensor([ids]), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        eos_ids=tokenizer.eos_ids, on_token=stream,
-    )  # fmt: skip
-    stream.end()
-    if as_json:
-        emit_json({
-            "model": source.path,
-            "config": config,
-            "prompt": prompt,
-            "text": stream.text,
-            "prompt_tokens": result.prompt_tokens,
-            "new_tokens": result.new_tokens,
-            "tokens_per_second": result.tokens_per_second,
-            "prefill_tokens_per_second": result.prefill_tokens_per_second,
-            "cache_bytes": result.cache_bytes,
-        })  # fmt: skip
-        return
-    speed = "" if result.new_tokens < 2 else f", {result.tokens_per_second:.1f} tokens/s"
-    say(
-        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new "
-        f"tokens{speed}; weights {megabytes(weight_bytes(loaded))} MB, cache {megabytes(result.cache_bytes)} MB[/]"
-    )
-
-
-class _Stream:
-    """Writes text as its tokens come; a character of several tokens is written when it is complete."""
-
-    def __init__(self, tokenizer: Tokenizer, shown: bool) -> None:
-        self.tokenizer, self.shown = tokenizer, shown
-        self.ids: list[int] = []
-        self.text = ""
-
-    def __call__(self, token: Tensor) -> None:
-        self.ids.append(int(token[0]))
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("�"):
-            self._write(text)
-
-    def end(self) -> None:
-        self._write(self.tokenizer.decode(self.ids))
-        if self.shown:
-            sys.stdout.write("\n")
-
-    def _write(self, text: str) -> None:
-        if self.shown:
-            new = text[len(self.text) :]
-            # A model may write anything; to a terminal, control characters are commands.
-            sys.stdout.write(_visible(new) if sys.stdout.isatty() else new)
-            sys.stdout.flush()
-        self.text = text
-
-
-def _visible(text: str) -> str:
-    """Control characters other than ends of lines and tabs as U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 @command
