@@ -85,7 +85,8 @@ def save(
     """Write a model to `directory`, which is created if need be.
 
     The same model gives the same bytes. Files get their names only when all are complete and flushed; `config.json`,
-    without which nothing loads, comes last. An older checkpoint of lowbit in the directory is replaced.
+    without which nothing loads, comes last. An older checkpoint of lowbit in the directory is replaced; if anything
+    fails on the way, it is still there. Temporary files of saves that were killed are deleted.
 
     Args:
         model: any module; `QuantizedTensor` weights are stored as they are, everything else in its own dtype. Tied
@@ -97,6 +98,7 @@ def save(
     Raises:
         CheckpointError: a weight is on the meta device, transposed, no tensor, or has a scale that is NaN, Inf or
             zero; or the directory holds weights that lowbit did not write. Nothing has been written then.
+        OSError: a file cannot be written; the directory is as it was.
     """
     path = Path(directory)
     if max_shard_bytes < 1:
@@ -116,15 +118,16 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     parts = shards(planned.tensors, max_shard_bytes)
     info = {name: pending.info for name, pending in planned.tensors.items()}
+    checks: dict[str, int] = {}
     with Staging(path) as staging:
         for file, part in parts.items():
-            staging.write(file, safetensors_bytes(part))
+            staging.write(file, safetensors_bytes(part, checks))
         if len(parts) > 1:
             head = {"total_size": sum(i.nbytes for i in info.values()), MARK: METADATA[MARK]}
             where = {name: file for file, part in parts.items() for name in part}
             staging.write(INDEX, [json_bytes({"metadata": head, "weight_map": where})])
         staging.write(CONFIG, [config_json])
-        manifest = Manifest(_tool(), dict(staging.digests), info, planned.weights, planned.tied)
+        manifest = Manifest(_tool(), dict(staging.digests), info, planned.weights, planned.tied, checks)
         staging.write(MANIFEST, [manifest.to_bytes()])
         staging.commit(replaced)
 

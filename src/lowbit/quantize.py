@@ -26,6 +26,7 @@ from lowbit.configs import Config, Scheme
 from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
+from lowbit.original import Original, ran_out_of_memory
 from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
@@ -67,6 +68,7 @@ def quantize_(
     on_unsupported: Literal["error", "skip"] = "error",
     measure: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
+    restore: bool | None = None,
 ) -> Report:
     """Quantize the weights of `model` in place and say what was done.
 
@@ -90,8 +92,12 @@ def quantize_(
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
         progress: called with (layers done, layers in all, name) before each layer.
+        restore: keep the float weights until all is done, and put them back if anything fails before, as when memory
+            runs out. The default does so where it costs no memory of the device: where `device` is another than theirs.
 
     Raises:
+        torch.OutOfMemoryError: memory ran out. The message says whether the model is as it was, or else which layers
+            are quantized.
         ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, needs a calibrated
             scale that is not there, or holds NaN or Inf; or batches and algorithm do not go together. Nothing has been
             changed then.
@@ -139,23 +145,32 @@ def quantize_(
                 done[key] = (parameter, item.name)
         item.module.weight = parameter
 
-    if algorithm == "gptq":
-        waiting = {item.name: item for item in work}
+    original = Original(model) if _restores(restore, device, work) else None
+    try:
+        if algorithm == "gptq":
+            waiting = {item.name: item for item in work}
 
-        def visit(moments: dict[str, Tensor]) -> None:
-            for name in [n for n in moments if n in waiting]:
-                # A layer that met only zeros tells nothing of what matters in it.
-                if bool(moments[name].diagonal().any()):
-                    convert(waiting.pop(name), moments[name])
+            def visit(moments: dict[str, Tensor]) -> None:
+                for name in [n for n in moments if n in waiting]:
+                    # A layer that met only zeros tells nothing of what matters in it.
+                    if bool(moments[name].diagonal().any()):
+                        convert(waiting.pop(name), moments[name])
 
+            if device is not None:
+                model.to(device)
+            run_blocks(model, batches or [], visit, forward)
+            work = list(waiting.values())
+        for item in work:
+            convert(item)
         if device is not None:
             model.to(device)
-        run_blocks(model, batches or [], visit, forward)
-        work = list(waiting.values())
-    for item in work:
-        convert(item)
-    if device is not None:
-        model.to(device)
+    except BaseException as error:
+        if original is not None:
+            original.put_back()
+        if ran_out_of_memory(error):
+            state = "the model is as it was" if original is not None else _half_done(report)
+            raise torch.OutOfMemoryError(f"quantize_: out of memory; {state}" + see("out-of-memory")) from error
+        raise
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda r: order[r.name])
     report.seconds = time.perf_counter() - started
@@ -173,6 +188,22 @@ def _check_algorithm(algorithm: str, batches: Iterable[Any] | None) -> None:
             f"them; got algorithm {algorithm!r}" + (" without batches" if batches is None else " with batches")
             + see("bad-option")
         )  # fmt: skip
+
+
+def _restores(restore: bool | None, device: torch.device | str | None, work: list[Work]) -> bool:
+    """Whether float weights are kept until the end."""
+    if restore is not None or device is None:
+        return bool(restore)
+    return all(item.module.weight.device.type != torch.device(device).type for item in work)  # type: ignore[union-attr]
+
+
+def _half_done(report: Report) -> str:
+    done = [layer.name for layer in report.layers if layer.format is not None]
+    names = ", ".join(done[:6]) + (f" and {len(done) - 6} more" if done[6:] else "")
+    return (
+        f"quantized are {names or 'no layers'}, all others are as they were. Once there is memory, "
+        "on_unsupported='skip' quantizes the rest; restore=True puts back what was done"
+    )
 
 
 class Work(NamedTuple):
