@@ -1,11 +1,16 @@
-"""A model as it was, so that work on it that fails half way can be undone."""
+"""A model as it was, so that a quantization that fails half way can be undone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowbit.errors import see
+from lowbit.report import Report
 
 
 class Original:
@@ -28,8 +33,39 @@ class Original:
                 tensor.data = values
 
 
+@contextmanager
+def undone_on_failure(model: nn.Module, keep: bool, report: Report) -> Iterator[None]:
+    """Around work that replaces weights one by one and lists them in `report`.
+
+    Args:
+        keep: hold on to what the model has now, and put it back if the work raises anything.
+
+    Raises:
+        torch.OutOfMemoryError: memory ran out; the message says what became of the model.
+    """
+    original = Original(model) if keep else None
+    try:
+        yield
+    except BaseException as error:
+        if original is not None:
+            original.put_back()
+        if not ran_out_of_memory(error):
+            raise
+        state = "the model is as it was" if original is not None else _half_done(report)
+        raise torch.OutOfMemoryError(f"quantize_: out of memory; {state}" + see("out-of-memory")) from error
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the machine, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _half_done(report: Report) -> str:
+    done = [layer.name for layer in report.quantized]
+    names = ", ".join(done[:6]) + (f" and {len(done) - 6} more" if done[6:] else "")
+    return (
+        f"quantized are {names or 'no layers'}, all others are as they were. Once there is memory, "
+        "on_unsupported='skip' quantizes the rest; restore=True puts back what was done"
+    )

@@ -26,7 +26,7 @@ from lowbit.configs import Config, Scheme
 from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
-from lowbit.original import Original, ran_out_of_memory
+from lowbit.original import undone_on_failure
 from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
@@ -145,8 +145,7 @@ def quantize_(
                 done[key] = (parameter, item.name)
         item.module.weight = parameter
 
-    original = Original(model) if _restores(restore, device, work) else None
-    try:
+    with undone_on_failure(model, _keeps(restore, device, work), report):
         if algorithm == "gptq":
             waiting = {item.name: item for item in work}
 
@@ -164,13 +163,6 @@ def quantize_(
             convert(item)
         if device is not None:
             model.to(device)
-    except BaseException as error:
-        if original is not None:
-            original.put_back()
-        if ran_out_of_memory(error):
-            state = "the model is as it was" if original is not None else _half_done(report)
-            raise torch.OutOfMemoryError(f"quantize_: out of memory; {state}" + see("out-of-memory")) from error
-        raise
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda r: order[r.name])
     report.seconds = time.perf_counter() - started
@@ -190,20 +182,11 @@ def _check_algorithm(algorithm: str, batches: Iterable[Any] | None) -> None:
         )  # fmt: skip
 
 
-def _restores(restore: bool | None, device: torch.device | str | None, work: list[Work]) -> bool:
+def _keeps(restore: bool | None, device: torch.device | str | None, work: list[Work]) -> bool:
     """Whether float weights are kept until the end."""
     if restore is not None or device is None:
         return bool(restore)
     return all(item.module.weight.device.type != torch.device(device).type for item in work)  # type: ignore[union-attr]
-
-
-def _half_done(report: Report) -> str:
-    done = [layer.name for layer in report.layers if layer.format is not None]
-    names = ", ".join(done[:6]) + (f" and {len(done) - 6} more" if done[6:] else "")
-    return (
-        f"quantized are {names or 'no layers'}, all others are as they were. Once there is memory, "
-        "on_unsupported='skip' quantizes the rest; restore=True puts back what was done"
-    )
 
 
 class Work(NamedTuple):
