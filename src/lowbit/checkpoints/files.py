@@ -315,8 +315,11 @@ def is_ours(path: Path) -> bool:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is a file directly in the directory: nothing a checkpoint lists may lead elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    """Whether `name` is a file directly in the directory: nothing a checkpoint lists may lead elsewhere. Names that no
+    file system holds are none."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        return False
+    return len(name.encode(errors="surrogatepass")) <= 255
 
 
 class Files:
