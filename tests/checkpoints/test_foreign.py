@@ -60,7 +60,11 @@ def test_gptq(bits: int, group: int, symmetric: bool, version: int, tmp_path: Pa
 def test_gptq_without_g_idx_and_with_one_group(tmp_path: Path) -> None:
     tensors, expected, section = gptq(4, K, False, 1)
     del tensors["a.g_idx"]
-    w = weight(write(tmp_path, tensors, section | {"group_size": -1}))
+    for size in (-1, K, 10**30):
+        w = weight(write(tmp_path, tensors, section | {"group_size": size}))
+        np.testing.assert_array_equal(exact(w), expected)
+    tensors, expected, section = gptq(4, K, True, 1)
+    w = weight(write(tmp_path, tensors, section | {"group_size": 10**30}))
     np.testing.assert_array_equal(exact(w), expected)
 
 
