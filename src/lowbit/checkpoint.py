@@ -34,6 +34,7 @@ from lowbit.checkpoints.files import (
 from lowbit.checkpoints.manifest import Manifest
 from lowbit.checkpoints.reading import Checkpoint, misfits
 from lowbit.checkpoints.writing import plan, replaceable
+from lowbit.original import unharmed
 from lowbit.tensor import QuantizedTensor
 
 __all__ = ["CheckpointError", "Verification", "load", "read", "save", "verify"]
@@ -170,6 +171,8 @@ def load(
 
     Raises:
         CheckpointError: listing every problem found; the model is unchanged.
+        torch.OutOfMemoryError: from PyTorch. A model that was on the meta device is unchanged; one with values of its
+            own keeps those that were not replaced yet.
     """
     path = checked_directory(directory)
     checkpoint = Checkpoint(path, verify)
@@ -179,7 +182,13 @@ def load(
         problems += misfits(checkpoint, model, targets, strict)
     if problems:
         raise CheckpointError(path, problems)
-    # Names of one parameter of the model stay one; the checkpoint's own ties are added to them.
+    with unharmed(model, keep=all(t.is_meta for t in targets.values())):
+        _fill(model, checkpoint, targets, device)
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, targets: dict[str, Any], device: torch.device | str | None) -> None:
+    """Assign every tensor that both have; names of one parameter stay one, and the checkpoint's ties are added."""
     groups: dict[int, list[str]] = {}
     for name, value in targets.items():
         groups.setdefault(id(value), []).append(name)
@@ -197,7 +206,6 @@ def load(
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
-    return model
 
 
 def read(directory: str | Path, *, device: torch.device | str | None = None, verify: bool = True) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A model as it was, so that a quantization that fails half way can be undone."""
+"""A model as it was, so that what fails half way can be undone."""
 
 from __future__ import annotations
 
@@ -34,24 +34,32 @@ class Original:
 
 
 @contextmanager
-def undone_on_failure(model: nn.Module, keep: bool, report: Report) -> Iterator[None]:
-    """Around work that replaces weights one by one and lists them in `report`.
+def unharmed(model: nn.Module, keep: bool) -> Iterator[None]:
+    """Around work that replaces a model's tensors. With `keep`, what the model has now is held, and put back if the
+    work raises anything."""
+    original = Original(model) if keep else None
+    try:
+        yield
+    except BaseException:
+        if original is not None:
+            original.put_back()
+        raise
 
-    Args:
-        keep: hold on to what the model has now, and put it back if the work raises anything.
+
+@contextmanager
+def quantizing(model: nn.Module, keep: bool, report: Report) -> Iterator[None]:
+    """`unharmed`, around a quantization that lists in `report` what it has done.
 
     Raises:
         torch.OutOfMemoryError: memory ran out; the message says what became of the model.
     """
-    original = Original(model) if keep else None
     try:
-        yield
-    except BaseException as error:
-        if original is not None:
-            original.put_back()
+        with unharmed(model, keep):
+            yield
+    except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
-        state = "the model is as it was" if original is not None else _half_done(report)
+        state = "the model is as it was" if keep else _half_done(report)
         raise torch.OutOfMemoryError(f"quantize_: out of memory; {state}" + see("out-of-memory")) from error
 
 

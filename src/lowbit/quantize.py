@@ -26,7 +26,7 @@ from lowbit.configs import Config, Scheme
 from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
-from lowbit.original import undone_on_failure
+from lowbit.original import quantizing
 from lowbit.report import LayerReport, Report
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
@@ -145,7 +145,7 @@ def quantize_(
                 done[key] = (parameter, item.name)
         item.module.weight = parameter
 
-    with undone_on_failure(model, _keeps(restore, device, work), report):
+    with quantizing(model, _keeps(restore, device, work), report):
         if algorithm == "gptq":
             waiting = {item.name: item for item in work}
 

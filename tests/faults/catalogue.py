@@ -83,6 +83,10 @@ FAULTS = (
         memory.run, 99, 2,
     ),
     Fault(
+        "loading", "memory runs out (or Ctrl-C comes) at a tensor of load", "a model on the meta device is as it was",
+        memory.run_loading, 99, 99,
+    ),
+    Fault(
         "cache", "16 processes write kernels to the cache and are killed at random", "none lost, none torn",
         cache_writers.run, 200, 20,
     ),

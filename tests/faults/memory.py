@@ -12,8 +12,9 @@ from torch import nn
 
 import lowbit.quantize as quantizing
 from faults.outcome import Outcome
-from faults.subjects import same_state
-from lowbit import QuantizedTensor, quantize_
+from faults.subjects import OWN, net, on_meta, own, same_state, untouched
+from lowbit import QuantizedTensor, load, quantize_
+from lowbit.checkpoints.files import Files
 
 ALGORITHMS = ("rtn", "mse", "hqq", "gptq")
 ERRORS = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
@@ -31,6 +32,32 @@ def run(cases: int, directory: Path) -> Outcome:
             if algorithm != "gptq":
                 outcome.add(_not_continued(algorithm, k))
                 outcome.counts["continued"] += 1
+    return outcome
+
+
+def run_loading(cases: int, directory: Path) -> Outcome:
+    """Every tensor of a checkpoint in turn cannot be had; a model on the meta device stays there."""
+    outcome = Outcome()
+    for convention in OWN:
+        place = own(directory / convention, convention)
+        for k in range(cases):
+            error = ERRORS[k % len(ERRORS)]
+            model, real, left = on_meta(net), Files.get, iter(range(k))
+
+            def fails(*arguments: Any, real: Any = real, left: Any = left, error: Any = error) -> Any:
+                if next(left, None) is None:
+                    raise error("injected")
+                return real(*arguments)
+
+            before = dict(model.named_parameters())
+            with mock.patch.object(Files, "get", fails):
+                try:
+                    load(model, place)
+                    break
+                except ERRORS:
+                    pass
+            same = untouched(model) and all(before[name] is p for name, p in model.named_parameters())
+            outcome.add(None if same else f"{convention}, tensor {k}: the model was changed")
     return outcome
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from lowbit.specs import EXAMPLES
 Parser = Callable[[bytes], object]
 #: One directory for parsers of files; a process fuzzes on its own.
 _FOLDER = Path(tempfile.mkdtemp(prefix="lowbit-parsers-"))
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
 
 def _text(parse: Callable[[str], object]) -> Parser:
@@ -95,9 +98,13 @@ def allowed(name: str) -> tuple[type[Exception], ...]:
 
 def seeds() -> dict[str, list[bytes]]:
     """What each parser reads without complaint, to begin with."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _seeds(Path(folder))
+
+
+def _seeds(folder: Path) -> dict[str, list[bytes]]:
     from faults import subjects
 
-    folder = Path(tempfile.mkdtemp(prefix="lowbit-seeds-"))
     words = [fmt.spec.encode() for fmt in registered()]
     acts = [act.spec.encode() for spec in EXAMPLES if (act := parse_config(spec).scheme.act)]
     places = [subjects.own(folder / c, c) for c in subjects.OWN]

@@ -80,6 +80,7 @@ def _compile(compiler: str) -> Path:
     for found in folder.glob(f"{key}-*.so"):
         if found == _named(folder, key, found.read_bytes()):
             return found
+        found.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         code, built = Path(scratch, "native.c"), Path(scratch, "native.so")
         code.write_text(source)
