@@ -151,6 +151,10 @@ def test_bitsandbytes_that_lowbit_does_not_read(tmp_path: Path) -> None:
     assert "has shape [32]" in found(json.dumps(state | {"shape": [32]}))
     assert "a.weight of a.weight" in found(json.dumps(state | {"shape": [64, 64]}))
     assert "unknown keys ['new']" in problem(write(tmp_path, tensors, section | {"new": 1}))
+    tensors, _, section = nf4(True)
+    state = json.loads(bytes(tensors[name]))
+    for offset in ("x", [1], True, float("nan"), float("inf"), 10**400):
+        assert "nested_offset must be a number" in found(json.dumps(state | {"nested_offset": offset}))
 
 
 # FP8 ------------------------------------------------------------------------------------------------------------------

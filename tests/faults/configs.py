@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.mutations import any_bytes, any_json, any_manifest
+from faults.mutations import any_bytes, any_header, any_json, any_manifest
 from faults.outcome import Outcome
 from faults.subjects import KINDS, OWN, foreign, foreign_net, gguf_file, huggingface, net, on_meta, own, untouched
 from lowbit import load
@@ -89,16 +89,20 @@ def run_by_hand(cases: int, directory: Path) -> Outcome:
 
 
 def run_at_random(cases: int, directory: Path) -> Outcome:
-    """Any change of any JSON file: an error of lowbit's own that names the place and changes nothing, or a model."""
+    """Any change of a JSON file, or of another tool's tensors: an error of lowbit's own that names the place, and a
+    model that is as it was; or a model."""
     rng, outcome = random.Random(0), Outcome()
     places = {f"own {c}": own(directory / f"own-{c}", c) for c in OWN}
     places |= {kind: foreign(directory / kind, kind) for kind in KINDS}
     for i in range(cases):
         kind, place = list(places.items())[i % len(places)]
-        files = sorted(place.glob("*.json"))
+        # Headers of lowbit's own files have a run for themselves; those of others hold settings in their tensors, too.
+        files = [f for f in sorted(place.iterdir()) if f.suffix == ".json" or not kind.startswith("own")]
         file = rng.choice(files)
         content = file.read_bytes()
         change = any_manifest if "manifest" in file.name and rng.random() < 0.8 else any_json
+        if file.suffix == ".safetensors":
+            change = rng.choice([any_header, any_bytes])
         file.write_bytes(change(rng, content))
         model = on_meta(net if kind.startswith("own") else foreign_net)
         try:

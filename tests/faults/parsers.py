@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign_layers
+import torch
 from torch import nn
 
 from faults.mutations import any_bytes, any_json
 from faults.outcome import Outcome
 from lowbit import parse_config, parse_format
 from lowbit.checkpoint import read
+from lowbit.checkpoints import bitsandbytes
 from lowbit.checkpoints.config_groups import Section
 from lowbit.checkpoints.files import Files, read_json
 from lowbit.checkpoints.manifest import Manifest, Record, parse_spec
@@ -87,6 +90,7 @@ PARSERS: dict[str, Parser] = {
     "directory": _file("config.json", lambda p: read(p.parent)),
     "compressed-tensors": _object(Section),
     "gguf": _file("model.gguf", check_header),
+    "quant-state": lambda data: bitsandbytes._state(torch.tensor(list(data), dtype=torch.uint8), "nf4", "a"),
     **{method: _object(reader) for method, reader in FOREIGN.items()},
 }
 
@@ -123,6 +127,8 @@ def _seeds(folder: Path) -> dict[str, list[bytes]]:
         "directory": [(p / "config.json").read_bytes() for p in places],
         "gguf": [subjects.gguf_file(folder / "seed.gguf").read_bytes()[:4000]],
     }  # fmt: skip
+    [state] = [t for name, t in foreign_layers.nf4(True)[0].items() if "quant_state" in name]
+    found["quant-state"] = [state.tobytes()]
     for section in sections.values():
         found.setdefault(section["quant_method"], []).append(json.dumps(section).encode())
     for method in FOREIGN:

@@ -126,7 +126,7 @@ class Manifest:
             return None
         try:
             return cls._parse(raw)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(directory, [f"{MANIFEST} is damaged: {what}"]) from None
 
@@ -181,7 +181,7 @@ class Record(NamedTuple):
             tied = {name: _is(str, other) for name, other in data.pop("tied").items()}
             if data:
                 raise ValueError(f"unknown keys {sorted(data)}")
-        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"it is damaged: {error!r}") from None
         return cls(weights, tied)
 
