@@ -219,7 +219,7 @@ def test_numbers_of_a_manifest_that_are_none(number: object, tmp_path: Path) -> 
     del data["sha256"]
     data["sha256"] = hashlib.sha256(json_bytes(data)).hexdigest()
     (tmp_path / MANIFEST).write_bytes(json_bytes(data))
-    with pytest.raises(CheckpointError, match="lowbit_manifest.json is damaged|the manifest says nan"):
+    with pytest.raises(CheckpointError, match=r"lowbit_manifest\.json is damaged|the manifest says nan"):
         read(tmp_path)
 
 

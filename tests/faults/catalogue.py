@@ -57,7 +57,7 @@ FAULTS = (
         "refused for its own reason without checksums; model unchanged", configs.run_by_hand, 40, 40,
     ),
     Fault(
-        "configs at random", "any value of any JSON file changes, for each convention that is read",
+        "configs at random", "anything in a JSON file changes, or in another tool's tensors, for each convention",
         "one kind of error that names the place, or a model; never half of one", configs.run_at_random,
         3600, 120,
     ),

@@ -17,7 +17,8 @@ Change = Callable[[random.Random, bytes], bytes]
 
 #: What a JSON value is replaced by.
 VALUES = (
-    None, -1, 0, 1, 3, 1.5, True, False, "", "x", [], {}, [1], {"a": 1}, "int4:g0", "re:(", 10**30, 2**63, [-1, 3],
+    None, -1, 0, 1, 3, 1.5, True, False, "", "x", [], {}, [1], {"a": 1}, "int4:g0", "re:(", 10**30, 10**400, 2**63,
+    "0x1p99999", [-1, 3],
     "F32", "../x", "gptq", [[]], 1e308, "a" * 1000,
 )  # fmt: skip
 #: What is put between bytes.
