@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fault_tests
 import torch
 from proofs import read_rows, written_rows
 
@@ -213,6 +214,12 @@ def steps_rows() -> list[Cells]:
     return rows
 
 
+def fault_rows() -> list[Cells]:
+    """Of `faults.py`: how often each promise was kept."""
+    _, result = newest("cpu_*_faults.json")
+    return [(r["fault"], r["promise"], f"{r['held']:,} of {r['cases']:,}", f"`{r['file']}`") for r in result["rows"]]
+
+
 def demo_rows() -> list[Cells]:
     """Of `lowbit demo`: every config on its real language model."""
     _, result = newest("cpu_*_demo.json")
@@ -270,6 +277,8 @@ TABLES = {
     ),
     "batches": Table("docs/measured.md", ("config", "16 sequences", "64 sequences"), batches_rows),
     "peers": Table("docs/measured.md", ("layer", "weight", "M", "bf16", "lowbit", "humming", "gemlite"), peer_rows),
+    "faults": Table("docs/reliability.md", ("what happens", "what lowbit does", "kept", "in `tests/`"), fault_rows),
+    "tests of faults": Table("docs/reliability.md", ("what happens", "what lowbit does", "test"), fault_tests.rows),
     "written": Table(
         "docs/compatibility.md",
         ("scheme", "format", "compressed-tensors", "transformers, `dequantize=True`", "transformers, plain call"),

@@ -477,7 +477,8 @@ class Crash(Exception):
 def test_an_interrupted_save_never_looks_complete(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before any step, a directory has the old model, or the new one, or none that loads."""
+    """Stopped before any step, a directory has the old model, or the new one, or none that loads: the last only where
+    putting the old files back is what fails, too."""
     old, new = net(), net()
     quantize_(old, {"up": "int8wo"}, measure=False)
     quantize_(new, {"up": "int4wo-128", "down": "int8wo"}, measure=False)
@@ -516,7 +517,7 @@ def test_an_interrupted_save_never_looks_complete(
         if not crashed:
             break
     assert not crashed
-    assert outcomes == {"loads", "refused"}
+    assert outcomes == ({"loads", "refused"} if function == "replace" else {"loads"})
 
 
 def quantized(state: dict[str, Tensor]) -> set[str]:

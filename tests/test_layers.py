@@ -27,8 +27,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "lowbit.dispatch": ("lowbit.tensor", "lowbit.ops", "lowbit.formats", *BASE),
 }
 MIDDLE = ("lowbit.quantize", "lowbit.calibrate", "lowbit.checkpoint", "lowbit.checkpoints", "lowbit.configs",
-          "lowbit.specs", "lowbit.report", "lowbit.explain", "lowbit.warmup", "lowbit.models",
-          "lowbit.attention", "lowbit.graph", "lowbit.fold", "lowbit.recipe", "lowbit.stages",
+          "lowbit.specs", "lowbit.report", "lowbit.original", "lowbit.explain", "lowbit.warmup",
+          "lowbit.models", "lowbit.attention", "lowbit.graph", "lowbit.fold", "lowbit.recipe", "lowbit.stages",
           "lowbit.rules", "lowbit.qat")  # fmt: skip
 TOP = ("lowbit.tools", "lowbit.testing", "lowbit.integrations", "lowbit.cli", "lowbit.__main__")
 # What `pip install lowbit` does not bring.

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, QuantizedTensor, quantize_
+from lowbit.original import unharmed
 
 
 class Net(nn.Module):
@@ -246,6 +247,23 @@ def test_memory_while_quantizing(spec: str) -> None:
         report = quantize_(model, spec)
     assert memory.peak > report.bytes_after  # the meter sees something
     assert memory.peak <= report.bytes_after + 2 * layer
+
+
+def test_what_went_to_another_device_comes_back() -> None:
+    """As `quantize_(..., device=)` does by itself; the meta device stands in for one that is full."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
+    before = {name: (t, t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
+
+    def fails() -> None:
+        with unharmed(model, keep=True):
+            quantize_(model, "int8wo", lambda module, name: name == "0")
+            model.to("meta")
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fails()
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is t and torch.equal(t, values) for name, (t, values) in before.items())
 
 
 # Algorithms --------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from lowbit.checkpoints.files import (
 from lowbit.checkpoints.manifest import Manifest
 from lowbit.checkpoints.reading import Checkpoint, misfits
 from lowbit.checkpoints.writing import plan, replaceable
+from lowbit.original import unharmed
 from lowbit.tensor import QuantizedTensor
 
 __all__ = ["CheckpointError", "Verification", "load", "read", "save", "verify"]
@@ -85,7 +86,8 @@ def save(
     """Write a model to `directory`, which is created if need be.
 
     The same model gives the same bytes. Files get their names only when all are complete and flushed; `config.json`,
-    without which nothing loads, comes last. An older checkpoint of lowbit in the directory is replaced.
+    without which nothing loads, comes last. An older checkpoint of lowbit in the directory is replaced; if anything
+    fails on the way, it is still there. Temporary files of saves that were killed are deleted.
 
     Args:
         model: any module; `QuantizedTensor` weights are stored as they are, everything else in its own dtype. Tied
@@ -97,6 +99,7 @@ def save(
     Raises:
         CheckpointError: a weight is on the meta device, transposed, no tensor, or has a scale that is NaN, Inf or
             zero; or the directory holds weights that lowbit did not write. Nothing has been written then.
+        OSError: a file cannot be written; the directory is as it was.
     """
     path = Path(directory)
     if max_shard_bytes < 1:
@@ -116,15 +119,16 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     parts = shards(planned.tensors, max_shard_bytes)
     info = {name: pending.info for name, pending in planned.tensors.items()}
+    checks: dict[str, int] = {}
     with Staging(path) as staging:
         for file, part in parts.items():
-            staging.write(file, safetensors_bytes(part))
+            staging.write(file, safetensors_bytes(part, checks))
         if len(parts) > 1:
             head = {"total_size": sum(i.nbytes for i in info.values()), MARK: METADATA[MARK]}
             where = {name: file for file, part in parts.items() for name in part}
             staging.write(INDEX, [json_bytes({"metadata": head, "weight_map": where})])
         staging.write(CONFIG, [config_json])
-        manifest = Manifest(_tool(), dict(staging.digests), info, planned.weights, planned.tied)
+        manifest = Manifest(_tool(), dict(staging.digests), info, planned.weights, planned.tied, checks)
         staging.write(MANIFEST, [manifest.to_bytes()])
         staging.commit(replaced)
 
@@ -167,6 +171,8 @@ def load(
 
     Raises:
         CheckpointError: listing every problem found; the model is unchanged.
+        torch.OutOfMemoryError: from PyTorch. A model that was on the meta device is unchanged; one with values of its
+            own keeps those that were not replaced yet.
     """
     path = checked_directory(directory)
     checkpoint = Checkpoint(path, verify)
@@ -176,7 +182,13 @@ def load(
         problems += misfits(checkpoint, model, targets, strict)
     if problems:
         raise CheckpointError(path, problems)
-    # Names of one parameter of the model stay one; the checkpoint's own ties are added to them.
+    with unharmed(model, keep=all(t.is_meta for t in targets.values())):
+        _fill(model, checkpoint, targets, device)
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, targets: dict[str, Any], device: torch.device | str | None) -> None:
+    """Assign every tensor that both have; names of one parameter stay one, and the checkpoint's ties are added."""
     groups: dict[int, list[str]] = {}
     for name, value in targets.items():
         groups.setdefault(id(value), []).append(name)
@@ -194,7 +206,6 @@ def load(
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
-    return model
 
 
 def read(directory: str | Path, *, device: torch.device | str | None = None, verify: bool = True) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ PAGES: dict[str, str] = {
     "nonfinite-weight": "A weight holds NaN or Inf.",
     "nothing-quantized": "`explain`, `warmup` or `assert_no_dequant` was given a model without quantized layers.",
     "op-not-defined": "A PyTorch operation was called on a quantized weight that cannot be done on packed codes.",
+    "out-of-memory": "Memory ran out while a model was quantized.",
     "reference-mismatch": "A model was compared with a reference that was made from another text.",
     "rule-without-match": "A rule names no layer of the model.",
     "unknown-architecture": "An algorithm must know which module feeds which, and does not know this model.",

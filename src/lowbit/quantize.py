@@ -25,6 +25,7 @@ from lowbit.fold import awq_, rotate_, smooth_
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
+from lowbit.original import quantizing
 from lowbit.recipe import Recipe, parse_recipe, round_weight
 from lowbit.report import LayerReport, Report
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
@@ -46,6 +47,7 @@ def quantize_(
     on_unsupported: Literal["error", "skip"] = "error",
     measure: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
+    restore: bool | None = None,
 ) -> Report:
     """Quantize the weights of `model` in place and say what was done.
 
@@ -72,8 +74,12 @@ def quantize_(
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
         progress: called with (layers done, layers in all, name) before each layer.
+        restore: keep the float weights until all is done, and put them back if anything fails before, as when memory
+            runs out. The default does so where it costs no memory of the device: where `device` is another than theirs.
 
     Raises:
+        torch.OutOfMemoryError: memory ran out. The message says whether the model is as it was, or else which layers
+            are quantized.
         ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, needs a calibrated
             scale that is not there, or holds NaN or Inf; the model's parts are not known to a step that must know them;
             or batches and algorithm do not go together. Nothing has been quantized then, and a model that was rotated
@@ -128,22 +134,24 @@ def quantize_(
         model.to(device)
     if graph is not None and "rotation" in recipe.steps:
         rotate_(model, graph)
-    if recipe.needs_batches:
-        waiting = {item.name: item for item in work}
+    # A rotated model computes the same, so this is what is put back.
+    with quantizing(model, _keeps(restore, device, work), report):
+        if recipe.needs_batches:
+            waiting = {item.name: item for item in work}
 
-        def visit(moments: dict[str, Moments]) -> None:
-            for name in [n for n in moments if n in waiting]:
-                # A layer that met only zeros tells nothing of what matters in it.
-                if bool(moments[name].amax.any()):
-                    convert(waiting.pop(name), moments[name])
+            def visit(moments: dict[str, Moments]) -> None:
+                for name in [n for n in moments if n in waiting]:
+                    # A layer that met only zeros tells nothing of what matters in it.
+                    if bool(moments[name].amax.any()):
+                        convert(waiting.pop(name), moments[name])
 
-        formats = {item.name: item.scheme.weight for item in work}
-        _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit)
-        work = list(waiting.values())
-    for item in work:
-        convert(item)
-    if device is not None:
-        model.to(device)
+            formats = {item.name: item.scheme.weight for item in work}
+            _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit)
+            work = list(waiting.values())
+        for item in work:
+            convert(item)
+        if device is not None:
+            model.to(device)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda r: order[r.name])
     report.seconds = time.perf_counter() - started
@@ -195,6 +203,13 @@ def _refuse_stale_scales(work: list[Work], recipe: Recipe) -> None:
             f"quantize_: {static[0]} has a static activation scale, measured before {' and '.join(moving)} change its "
             "input; use a config with dynamic activations" + see("bad-option")
         )
+
+
+def _keeps(restore: bool | None, device: torch.device | str | None, work: list[Work]) -> bool:
+    """Whether float weights are kept until the end."""
+    if restore is not None or device is None:
+        return bool(restore)
+    return all(item.module.weight.device.type != torch.device(device).type for item in work)  # type: ignore[union-attr]
 
 
 class Work(NamedTuple):

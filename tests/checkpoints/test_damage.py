@@ -209,6 +209,20 @@ def test_a_global_scale_that_the_manifest_contradicts(tmp_path: Path) -> None:
         read(tmp_path, verify=False)
 
 
+@pytest.mark.parametrize("number", ["0x1p99999", "nan", "one", 1])
+def test_numbers_of_a_manifest_that_are_none(number: object, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"b": nn.Linear(32, 40, bias=False)})
+    quantize_(model, {"b": "nvfp4wo"}, measure=False)
+    save(model, tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    data["weights"]["b.weight"]["exact"] = {"outer_scale": number}
+    del data["sha256"]
+    data["sha256"] = hashlib.sha256(json_bytes(data)).hexdigest()
+    (tmp_path / MANIFEST).write_bytes(json_bytes(data))
+    with pytest.raises(CheckpointError, match=r"lowbit_manifest\.json is damaged|the manifest says nan"):
+        read(tmp_path)
+
+
 def test_everything_is_listed_at_once(directory: Path) -> None:
     a, b = part(directory, "a."), part(directory, "b.")
     rewrite(holder(directory, a), lambda h: h[a].update(shape=h[a]["shape"][::-1]))

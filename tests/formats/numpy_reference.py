@@ -231,9 +231,13 @@ def dequantize_nvfp4(words: list[str], q: Quantized, n: int, k: int) -> np.ndarr
 
 def nearest_entry(x: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Index of the nearest scalar entry; half way, the lower level; of equal levels, the first."""
-    order = np.argsort(table, kind="stable")
-    gap = np.abs(x.astype(np.float64)[..., None] - table[order].astype(np.float64))
-    return order[gap.argmin(-1)].astype(np.uint8)
+    levels, first = np.unique(table.astype(np.float64), return_index=True)
+    x = x.astype(np.float64)
+    # The neighbours alone: fp64 cannot tell how far two levels of 1e-27 and 0 are from 1e-5.
+    low = np.maximum((x[..., None] >= levels).sum(-1) - 1, 0)
+    high = np.minimum(low + 1, len(levels) - 1)
+    nearer = np.where(np.abs(levels[high] - x) < np.abs(x - levels[low]), high, low)
+    return first[nearer].astype(np.uint8)
 
 
 def table_scale(words: list[str], w: np.ndarray) -> dict[str, np.ndarray]:

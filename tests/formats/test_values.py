@@ -65,6 +65,12 @@ def test_denormal_weights_keep_their_signal(fmt: Format) -> None:
     assert (decoded - w).abs().max() <= w.abs().max()
 
 
+def test_one_bit_keeps_the_sign_of_a_weight_far_below_its_scale() -> None:
+    w = torch.tensor([[1e30, -1e-30, 1e-30, -1e-45, 0.0, -1e30]])
+    fmt = parse_format("int1:g32")
+    assert fmt.dequantize(fmt.quantize(w), 1, 6).sign().tolist() == [[1, -1, 1, -1, 1, -1]]
+
+
 @each_format
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nonfinite_weights_are_refused(fmt: Format, bad: float) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_is_compiled_once(tmp_path: os.PathLike[str]) -> None:
     files = [f for _, _, names in os.walk(tmp_path) for f in names]
     assert len(files) == 1
     assert files[0].endswith(".so")
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_again(tmp_path: Path) -> None:
+    """Half a file is what a crash of the machine can leave of a finished one."""
+    run(WHICH, LOWBIT_CACHE=str(tmp_path))
+    [library] = tmp_path.rglob("*.so")
+    half = library.read_bytes()[: library.stat().st_size // 2]
+    library.write_bytes(half)
+    assert run(WHICH, LOWBIT_CACHE=str(tmp_path)).strip() == "None | cpu_native"
+    assert all(library.read_bytes() != half for library in tmp_path.rglob("*.so"))
 
 
 SANITIZED = """

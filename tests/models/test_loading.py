@@ -226,3 +226,29 @@ def test_gguf_files_that_this_model_cannot_be(tmp_path):
         load_model(write_gguf(tmp_path / "c.gguf", model, extra={"rope.dimension_count": 4}))
     with pytest.raises(ValueError, match=r"unknown blk\.0\.strange|unknown model\.layers\.0\.strange"):
         load_model(write_gguf(tmp_path / "d.gguf", model, blk__0__strange__weight=np.ones(3, dtype=np.float32)))
+
+
+def test_a_gguf_file_that_promises_too_much(tmp_path):
+    """The package gguf would read an array of 2**40 numbers for weeks: past the end of the file it goes on with empty
+    ones, if what is left is a multiple of their size."""
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), extra={"numbers": [1, 2, 3]})
+    content = path.read_bytes()
+    at = content.index(b"llama.numbers") + len("llama.numbers") + 8  # behind the types of array and element
+    assert content[at : at + 8] == (3).to_bytes(8, "little")
+    whole = len(content) - (len(content) - at) % 4
+    path.write_bytes(content[:at] + (1 << 40).to_bytes(8, "little") + content[at + 8 : whole])
+    with pytest.raises(ValueError, match=r"m\.gguf cannot be read: its metadata has 1099511627776 values of 4 bytes"):
+        load_model(path)
+    for end in (3, 20, 30, at):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"m\.gguf cannot be read"):
+            load_model(path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"head_dim": 2**40}, {"hidden_size": "48"}, {"num_attention_heads": 0}]
+)
+def test_configs_that_no_model_has(tmp_path, changes):
+    path = write_directory(tmp_path, tiny_llama(), **changes)
+    with pytest.raises(ValueError, match=r"config\.json.*\[lowbit: model-not-readable\]"):
+        load_model(path)

@@ -126,6 +126,8 @@ def _state(raw: Tensor, kind: str, layer: str) -> tuple[int, int, int, float | N
     if shape[1] % block or block % 2:
         raise ValueError(f"{layer}: blocks of {block} are not whole in rows of {shape[1]}")
     offset = state.get("nested_offset")
+    if offset is not None and (type(offset) not in (int, float) or not abs(offset) < 2**127):
+        raise ValueError(f"{layer}: nested_offset must be a number, found {offset!r}")
     if offset is not None and (state.get("nested_blocksize"), state.get("nested_dtype")) != (256, "float32"):
         raise ValueError(f"{layer}: nested scales must be float32 in blocks of 256, found {state}")
     return shape[0], shape[1], block, offset

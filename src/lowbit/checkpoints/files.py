@@ -7,10 +7,13 @@ whose parser is fuzzed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -92,42 +95,93 @@ class Staging:
         self.digests: dict[str, Digest] = {}
 
     def __enter__(self) -> Staging:
+        for leftover in self.directory.iterdir():
+            if (found := _TEMPORARY.fullmatch(leftover.name)) and not _runs(int(found[1])):
+                leftover.unlink(missing_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for name in self.digests:
             self._temporary(name).unlink(missing_ok=True)
 
-    def _temporary(self, name: str) -> Path:
-        return self.directory / f".{name}.{os.getpid()}.tmp"
+    def _temporary(self, name: str, kind: str = "tmp") -> Path:
+        return self.directory / f".{name}.{os.getpid()}.{kind}"
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> Digest:
-        """Write and flush one file, and remember its checksum."""
+        """Write and flush one file, and remember its checksum.
+
+        Raises:
+            OSError: naming the file.
+        """
         sha, size = hashlib.sha256(), 0
         self.digests[name] = Digest("", 0)  # so that a file that fails half way is deleted
-        with self._temporary(name).open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                sha.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._temporary(name).open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                    sha.update(chunk)
+                    size += len(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.filename is None:  # a full disk does not say of which file
+                error.filename = str(self.directory / name)
+            raise
         self.digests[name] = Digest(sha.hexdigest(), size)
         return self.digests[name]
 
     def commit(self, replaced: Iterable[str]) -> None:
         """Give every file its name: weights first, `config.json`, without which nothing loads, at the very end.
 
-        `replaced` are files of an older checkpoint here; they go first, its config before its weights.
+        `replaced` are files of an older checkpoint here; they step aside first, its config before its weights, and come
+        back if anything fails before the new ones are complete.
         """
-        for name in sorted(replaced, key=lambda n: n != CONFIG):
-            (self.directory / name).unlink(missing_ok=True)
+        old, new = list[str](), list[str]()
+        try:
+            for name in sorted(replaced, key=lambda n: n != CONFIG):
+                if (self.directory / name).exists():
+                    old.append(name)
+                    os.replace(self.directory / name, self._temporary(name, "old"))
+            _sync_directory(self.directory)
+            for name in sorted(self.digests, key=lambda n: (n == CONFIG, n == MANIFEST, n)):
+                if name == CONFIG:
+                    _sync_directory(self.directory)
+                new.append(name)
+                os.replace(self._temporary(name), self.directory / name)
+        except BaseException:
+            self._take_back(old, new)
+            raise
         _sync_directory(self.directory)
-        for name in sorted(self.digests, key=lambda n: (n == CONFIG, n == MANIFEST, n)):
-            if name == CONFIG:
-                _sync_directory(self.directory)
-            os.replace(self._temporary(name), self.directory / name)
-        _sync_directory(self.directory)
+        for name in old:
+            self._temporary(name, "old").unlink(missing_ok=True)
+
+    def _take_back(self, old: list[str], new: list[str]) -> None:
+        """Undo a commit that failed. The last name of each list may or may not have been reached."""
+        with contextlib.suppress(OSError):  # what failed first is what the caller has to hear of
+            for name in new:
+                if not self._temporary(name).exists():
+                    (self.directory / name).unlink(missing_ok=True)
+            for name in reversed(old):
+                if (aside := self._temporary(name, "old")).exists():
+                    os.replace(aside, self.directory / name)
+
+
+# Files of saves that were killed. Two processes that save to one directory at once are at fault; across machines that
+# share it, the one that began first fails.
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.(?:tmp|old)")
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this number lives here."""
+    if process == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _sync_directory(directory: Path) -> None:
@@ -154,8 +208,10 @@ def shards(tensors: Mapping[str, Pending], max_bytes: int) -> dict[str, dict[str
     return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def safetensors_bytes(tensors: Mapping[str, Pending]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, one tensor at a time.
+def safetensors_bytes(
+    tensors: Mapping[str, Pending], checks: dict[str, int] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor at a time; `checks` gets the CRC-32 of each.
 
     Tensors with larger elements come first, then by name, which leaves each one aligned (the format has no padding).
     """
@@ -173,8 +229,18 @@ def safetensors_bytes(tensors: Mapping[str, Pending]) -> Iterator[bytes | memory
     for name in order:
         info, tensor = tensors[name].info, tensors[name].make()
         assert TensorInfo(tensor.dtype, tuple(tensor.shape)) == info, (name, tensor.dtype, tensor.shape, info)
-        if tensor.numel():
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = raw_bytes(tensor.detach().cpu())
+        if checks is not None:
+            checks[name] = zlib.crc32(data)
+        yield data
+
+
+def raw_bytes(t: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, in memory of the tensor's where that is contiguous."""
+    if not t.numel():
+        return memoryview(b"")
+    data: memoryview = t.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def json_bytes(data: Any, sort_keys: bool = True) -> bytes:
@@ -249,8 +315,11 @@ def is_ours(path: Path) -> bool:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is a file directly in the directory: nothing a checkpoint lists may lead elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    """Whether `name` is a file directly in the directory: nothing a checkpoint lists may lead elsewhere. Names that no
+    file system holds are none."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        return False
+    return len(name.encode(errors="surrogatepass")) <= 255
 
 
 class Files:
@@ -334,3 +403,10 @@ class Files:
         if device is not None and torch.device(device).type != "cpu":
             return tensor.to(device)  # type: ignore[no-any-return]
         return tensor.clone()  # type: ignore[no-any-return]
+
+    def crc32(self, name: str) -> int | None:
+        """The CRC-32 of one tensor's bytes; None if it cannot be read."""
+        try:
+            return zlib.crc32(raw_bytes(self._open[self.file[name]].get_tensor(name)))
+        except (SafetensorError, OSError, ValueError, RuntimeError):
+            return None

@@ -55,7 +55,7 @@ class Reader(OneLayerOneModule):
     def weight(self, layer: str, within: Infos, files: Files, dtype: torch.dtype) -> Stored:
         rows, n = sized(within, "qweight", 2)
         bits, k = self.bits, rows * 32 // self.bits
-        group = k if self.group == -1 else self.group
+        group = k if self.group == -1 else min(self.group, k)
         groups = -(-k // group)
         scale = within.get("scales", TensorInfo(torch.float16, ()))
         if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -1,7 +1,8 @@
 """`lowbit_manifest.json`: what was written, exactly, so that a reader can prove it has the same.
 
-It lists every file with its SHA-256, every tensor with its dtype and shape, and for every quantized weight what is
-needed to rebuild it bit by bit. Its own checksum covers all of that.
+It lists every file with its SHA-256, every tensor with its dtype, its shape and a CRC-32, which says what is damaged in
+a file that is, and for every quantized weight what is needed to rebuild it bit by bit. Its own checksum covers all of
+that.
 """
 
 from __future__ import annotations
@@ -87,13 +88,15 @@ def parse_spec(spec: object) -> tuple[Format, Activation | None]:
 
 @dataclass
 class Manifest:
-    """The parsed file. `tied` maps further names of a weight to the name it is stored under."""
+    """The parsed file. `tied` maps further names of a weight to the name it is stored under; `checks` has the CRC-32 of
+    the tensors, which files of the first days lack."""
 
     tool: str
     files: dict[str, Digest] = field(default_factory=dict)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, int] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         data: dict[str, Any] = {
@@ -102,6 +105,7 @@ class Manifest:
             "files": {name: {"sha256": d.sha256, "bytes": d.size} for name, d in self.files.items()},
             "tensors": {
                 name: {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape)}
+                | ({"crc32": self.checks[name]} if name in self.checks else {})
                 for name, info in self.tensors.items()
             },
             "weights": {name: _weight_to_json(w) for name, w in self.weights.items()},
@@ -122,7 +126,7 @@ class Manifest:
             return None
         try:
             return cls._parse(raw)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(directory, [f"{MANIFEST} is damaged: {what}"]) from None
 
@@ -147,6 +151,7 @@ class Manifest:
             tensors={name: TensorInfo(DTYPES[t["dtype"]], _shape(t["shape"])) for name, t in data["tensors"].items()},
             weights={name: _weight_from_json(w) for name, w in data["weights"].items()},
             tied={name: _is(str, other) for name, other in data["tied"].items()},
+            checks={name: _is(int, t["crc32"]) for name, t in data["tensors"].items() if "crc32" in t},
         )
 
 
@@ -176,7 +181,7 @@ class Record(NamedTuple):
             tied = {name: _is(str, other) for name, other in data.pop("tied").items()}
             if data:
                 raise ValueError(f"unknown keys {sorted(data)}")
-        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"it is damaged: {error!r}") from None
         return cls(weights, tied)
 

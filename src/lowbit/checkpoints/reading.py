@@ -68,9 +68,9 @@ class Checkpoint:
         except CheckpointError as error:
             damaged = True
             self.problems.extend(error.problems)
+        self.files = Files(self.path)
         if self.manifest is not None and self.hashes:
             self._compare_checksums(self.manifest)
-        self.files = Files(self.path)
         self.problems.extend(p for p in self.files.problems if p not in self.problems)
         self.record = self.manifest
         if self.record is None and self.files.description is not None:
@@ -136,11 +136,19 @@ class Checkpoint:
                 size = f"{found.size} bytes, expected {expected.size}" if found.size != expected.size else "same size"
                 self.problems.append(
                     f"{name} was changed since it was saved ({size}; sha256 {found.sha256[:12]}, expected "
-                    f"{expected.sha256[:12]}); verify=False accepts it"
+                    f"{expected.sha256[:12]}){self._where(manifest, name)}; verify=False accepts it"
                 )
         for file in sorted(self.path.glob("*.safetensors")):
             if file.name not in manifest.files:
                 self.problems.append(f"{file.name} is not part of this checkpoint")
+
+    def _where(self, manifest: Manifest, name: str) -> str:
+        """Which tensors of a changed file are not what they were."""
+        inside = [t for t in manifest.checks if self.files.file.get(t) == name]
+        damaged = [t for t in inside if self.files.crc32(t) != manifest.checks[t]]
+        if not damaged:
+            return ": not its tensors" if inside else ""
+        return ": damaged are " + ", ".join(damaged[:6]) + (f" and {len(damaged) - 6} more" if damaged[6:] else "")
 
     def _understand(self, section: Any) -> None:
         """Which weights are quantized, and how, from the manifest or from another tool's config; both must agree."""

@@ -9,6 +9,7 @@ Asymmetric: the range [min(w, 0), max(w, 0)] in 2**bits - 1 steps with an intege
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,6 +113,12 @@ class IntFormat(Format):
         tile = self.granularity.tile
         scale = Plane("scale", self.scale_dtype or torch.float32, *tile)
         return (scale,) if self.symmetric else (scale, Plane("zero_point", torch.uint8, *tile))
+
+    def encode(self, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        if self.element.step == 2:
+            # The codes are signs, and a weight far below its scale would lose its own in the quotient.
+            w = w.sign()
+        return super().encode(w, params)
 
     def choose_params(self, w: Tensor) -> Planes:
         tile, top, dtype = self.granularity.tile, (1 << self.bits) - 1, self.scale_dtype or torch.float32

@@ -11,6 +11,23 @@ from lowbit.errors import see
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+# Sizes far beyond any model: what a damaged file says must not keep a machine busy for hours.
+_LARGEST = {
+    "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_layers": 1024,
+    "num_heads": 1 << 12, "num_kv_heads": 1 << 12, "head_dim": 1 << 12, "max_positions": 1 << 28,
+}  # fmt: skip
+
+
+def checked_size(name: str, value: Any, most: int) -> int:
+    """A size of a model.
+
+    Raises:
+        ValueError: it is no number from 1 to `most`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} must be a whole number from 1 to {most}, found {value!r}")
+    return value
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -34,6 +51,10 @@ class LlamaConfig:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        for name, most in _LARGEST.items():
+            checked_size(name, getattr(self, name), most)
+        if not (self.rope_theta > 0 and math.isfinite(self.rope_theta) and 0 <= self.norm_eps < 1):
+            raise ValueError(f"a model cannot have rope_theta {self.rope_theta} and norm_eps {self.norm_eps}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
@@ -64,6 +85,7 @@ class LlamaConfig:
         rope = config.get("rope_parameters") or {}  # newer files hold rope_theta here too
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        checked_size("head_dim", head_dim, _LARGEST["head_dim"])
         qwen2, qwen3 = names[0].startswith("Qwen2"), names[0].startswith("Qwen3")
         positions = config.get("max_position_embeddings", 2048)
         # Up to the size of its window, windowed attention is plain attention; longer inputs are refused.

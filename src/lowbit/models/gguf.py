@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import see
-from lowbit.models.config import LlamaConfig
+from lowbit.models.config import LlamaConfig, checked_size
+from lowbit.models.gguf_header import check_header
 from lowbit.models.llama import Llama
-from lowbit.models.loading import assign_weights
+from lowbit.models.loading import assign_weights, reading
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # llama.cpp files Mistral and SmolLM under "llama" too
 
@@ -38,11 +39,12 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Llama:
 
     Raises:
         ImportError: the package `gguf` is not installed.
-        ValueError: the file holds an architecture or a kind of rotary scaling that is not supported.
+        ValueError: the file is damaged, or holds an architecture or a kind of rotary scaling that is not supported.
     """
-    reader = open_gguf(path)
-    config = config_of(reader)
-    return assign_weights(config, _tensors(reader, config), dtype, source=str(path))
+    with reading(path):
+        reader = open_gguf(path)
+        config = config_of(reader)
+        return assign_weights(config, _tensors(reader, config), dtype, source=str(path))
 
 
 def open_gguf(path: Path) -> Any:
@@ -55,6 +57,7 @@ def open_gguf(path: Path) -> Any:
         ) from error
     if not path.is_file():
         raise FileNotFoundError(f"there is no GGUF file at {path}" + see("model-not-readable"))
+    check_header(path)
     return gguf.GGUFReader(path)
 
 
@@ -79,7 +82,7 @@ def config_of(reader: Any) -> LlamaConfig:
         )
     tensors = {t.name: t for t in reader.tensors}
     heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", hidden // heads)
+    head_dim = checked_size("head_dim", get("attention.key_length", hidden // heads), 1 << 12)
     if (rotary := get("rope.dimension_count", head_dim)) != head_dim:
         raise ValueError(
             f"GGUF: only {rotary} of the {head_dim} numbers of a head are rotary; all must be"

@@ -1,8 +1,10 @@
-"""Fills a model made on the meta device with weights that arrive one by one."""
+"""Fills a model made on the meta device with weights that arrive one by one, and what all loaders say of bad files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,26 @@ from torch import Tensor, nn
 from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 from lowbit.models.llama import Llama
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes a parser stumble over is one kind of error, which names the file.
+
+    Raises:
+        ValueError: the file cannot be read. Missing files and packages are errors of their own.
+    """
+    try:
+        yield
+    except (ImportError, FileNotFoundError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # parsers of other packages raise anything
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if "[lowbit: " in told:
+            if str(path) in told:
+                raise
+            raise ValueError(f"{path}: {told}") from error
+        raise ValueError(f"{path} cannot be read: {told}" + see("model-not-readable")) from error
 
 
 def assign_weights(

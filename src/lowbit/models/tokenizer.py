@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import see
+from lowbit.models.loading import reading
 
 # How llama.cpp's names for pre-tokenizers cut text before the byte-level step.
 _SPLITS_DIGITS = {"default": False, "gpt-2": False, "smollm": True}
@@ -79,7 +80,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ValueError: a GGUF file with another kind of tokenizer.
     """
     path = Path(path).expanduser()
-    return _from_gguf(path) if path.suffix == ".gguf" else _from_huggingface(path)
+    with reading(path):
+        return _from_gguf(path) if path.suffix == ".gguf" else _from_huggingface(path)
 
 
 def _from_huggingface(directory: Path) -> Tokenizer:

@@ -76,15 +76,24 @@ def _compile(compiler: str) -> Path:
     source = resources.files("lowbit.kernels.cpu").joinpath("native.c").read_text()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     key = hashlib.sha256("\0".join((source, *FLAGS, version, _cpu())).encode()).hexdigest()[:24]
-    target = cache_dir("native") / f"{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            code, built = Path(scratch, "native.c"), Path(scratch, "native.so")
-            code.write_text(source)
-            command = [compiler, *FLAGS, "-o", str(built), str(code)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-            os.replace(built, target)
+    folder = cache_dir("native")
+    for found in folder.glob(f"{key}-*.so"):
+        if found == _named(folder, key, found.read_bytes()):
+            return found
+        found.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        code, built = Path(scratch, "native.c"), Path(scratch, "native.so")
+        code.write_text(source)
+        command = [compiler, *FLAGS, "-o", str(built), str(code)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        target = _named(folder, key, built.read_bytes())
+        os.replace(built, target)
     return target
+
+
+def _named(folder: Path, key: str, library: bytes) -> Path:
+    """The name says what the file must hold: half of one, as a crash of the machine can leave, is made again."""
+    return folder / f"{key}-{hashlib.sha256(library).hexdigest()[:16]}.so"
 
 
 def _cpu() -> str:
