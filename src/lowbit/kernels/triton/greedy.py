@@ -23,7 +23,7 @@ def take_greedy_kernel(
     logits, token, positions, ids, values, places, arrived, V, width, step,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(B, PARTS)`; `values` and `places (B, PARTS)` are for the parts, `arrived (B,)` is zero before and then."""
+    """Grid `(B, PARTS)`; `values` and `places (B, PARTS)` are for the parts, `arrived (B,)` is zero and left zero."""
     let_the_next_start(EARLY)
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
