@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from lowbit.cli import evaluate, generate, machine, weights
+from lowbit.cli.autoquant import autoquant
 from lowbit.cli.bench import bench
 from lowbit.cli.bench_generate import generate as _  # noqa: F401 (adds its command to bench)
 from lowbit.cli.profile import profile
@@ -42,7 +43,7 @@ def root(
 
 for function in (
     machine.demo, weights.quantize, weights.verify, weights.load, generate.generate, evaluate.eval_, weights.inspect,
-    weights.explain, weights.warmup, profile, roofline, machine.doctor,
+    weights.explain, weights.warmup, autoquant, profile, roofline, machine.doctor,
 ):  # fmt: skip
     app.command(function.__name__.rstrip("_"))(function)
 app.add_typer(bench, name="bench")

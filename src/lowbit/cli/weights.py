@@ -40,6 +40,7 @@ from lowbit.report import Report as QuantizeReport
 from lowbit.rules import Rule
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
+from lowbit.tools.autoquant import load_rules
 from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model
 from lowbit.tools.sources import Source, export, find_source, is_static, parse_dtype, parse_rules, rules_for
 from lowbit.warmup import TOKENS
@@ -60,6 +61,9 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it is a MODEL itself.")],
     config: Config = None,
     rule: Rules = None,
+    rules: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON object of layer names to configs, as autoquant writes it.")
+    ] = None,
     algorithm: Annotated[
         str,
         typer.Option(
@@ -82,9 +86,11 @@ def quantize(
 
     Every Linear takes --config; the output projection (lm_head) stays as it is unless a rule names it.
     """
-    if config is None and not rule:
-        raise ValueError("quantize: give --config (such as int4wo-128), or at least one --rule NAME=CONFIG")
-    words = parse_rules(rule or [])
+    if config is None and not rule and rules is None:
+        raise ValueError(
+            "quantize: give --config (such as int4wo-128), --rules FILE, or at least one --rule NAME=CONFIG"
+        )
+    words = ({} if rules is None else load_rules(rules)) | parse_rules(rule or [])
     if config is not None:
         parse_config(config)
     source = find_source(model)

@@ -1,0 +1,35 @@
+"""The plot of `lowbit autoquant`: predicted KL divergence over size, mixed plans as a line, uniform ones as points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowbit.tools.autoquant import FLOAT, Measurements, Plan
+from lowbit.tools.bench_plot import check_plot
+
+
+def plot_front(found: Measurements, plans: Sequence[Plan], chosen: Plan, path: Path) -> None:
+    """Write it; svg, png or pdf by the name."""
+    check_plot(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    # A logarithm has no place for the model that loses nothing.
+    line = [p for p in plans if p.kl > 0]
+    axes.step([p.bytes / 1e6 for p in line], [p.kl for p in line], where="post", color="#c8102e", label="per layer")
+    for spec in [c.config for c in found.groups[0].candidates if c.config != FLOAT]:
+        uniform = found.uniform(spec)
+        if uniform.kl > 0:
+            axes.plot(uniform.bytes / 1e6, uniform.kl, "o", color="#5f6975")
+            axes.annotate(spec, (uniform.bytes / 1e6, uniform.kl), xytext=(5, 4), textcoords="offset points")
+    if chosen.kl > 0:
+        axes.plot(chosen.bytes / 1e6, chosen.kl, "D", color="#c8102e", label="chosen")
+    axes.set(xlabel="MB of the layers", ylabel="sum of KL divergences, nats (predicted)", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
