@@ -28,6 +28,7 @@ from lowbit.kernels.triton import (
     scaled_mm,
     weight_only,
 )
+from lowbit.kernels.triton.launch import OPTIONS
 from lowbit.tools import read_kernel
 
 MODULES = [act_quant, dequant, row_quant, scaled_mm, weight_only]
@@ -141,9 +142,9 @@ def test_activation_quantization_compiles(arch: int, monkeypatch: pytest.MonkeyP
 @each_arch
 def test_kernels_that_measure_compile(arch: int) -> None:
     buffer = torch.empty(8, dtype=torch.int32)
-    Launch(read_kernel.empty_kernel, {"nothing": buffer}, {"num_warps": 1}).compile(arch)
+    Launch(read_kernel.empty_kernel, {"nothing": buffer}, {"num_warps": 1, **OPTIONS}).compile(arch)
     given = {"source": buffer, "sums": buffer, "count": 8192, "BLOCK": 8192}
-    Launch(read_kernel.read_kernel, given, {"num_warps": 8}).compile(arch)
+    Launch(read_kernel.read_kernel, given, {"num_warps": 8, **OPTIONS}).compile(arch)
 
 
 @pytest.mark.slow

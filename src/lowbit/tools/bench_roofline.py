@@ -22,6 +22,7 @@ from lowbit import operand_ops, ops
 from lowbit.configs import Scheme
 from lowbit.kernels.problem import Problem, arch_of
 from lowbit.kernels.select import select
+from lowbit.kernels.triton.launch import OPTIONS
 from lowbit.tensor import QuantizedTensor
 from lowbit.tools import timing
 from lowbit.tools.bench_rows import LeftOut, reason_of
@@ -107,7 +108,7 @@ def _empty(device: torch.device) -> list[Call]:
     nothing = torch.empty(1, dtype=torch.int32, device=device)
 
     def launch() -> None:
-        empty_kernel[(1,)](nothing, num_warps=1)
+        empty_kernel[(1,)](nothing, num_warps=1, **OPTIONS)
 
     return [launch] * 64
 

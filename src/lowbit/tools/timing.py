@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowbit.kernels.triton.launch import OPTIONS
+
 COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 FEWEST_COPIES, MOST_COPIES = 2, 64
 ROUNDS, FEWEST_ROUNDS = 15, 3
@@ -141,7 +143,7 @@ def read_calls(nbytes: int, device: torch.device, block: int = 8192) -> list[Cal
     sums = torch.empty(grid, dtype=torch.int32, device=device)
 
     def read(buffer: Tensor) -> None:
-        read_kernel[grid](buffer, sums, words, BLOCK=block, num_warps=8)
+        read_kernel[grid](buffer, sums, words, BLOCK=block, num_warps=8, **OPTIONS)
 
     return [partial(read, torch.randint(9, (words,), dtype=torch.int32, device=device)) for _ in range(count)]
 
