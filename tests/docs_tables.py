@@ -220,6 +220,21 @@ def fault_rows() -> list[Cells]:
     return [(r["fault"], r["promise"], f"{r['held']:,} of {r['cases']:,}", f"`{r['file']}`") for r in result["rows"]]
 
 
+def autoquant_rows() -> list[Cells]:
+    """Of `autoquant.py`: each uniform config, and the plan of at most its bytes, both measured as a whole."""
+    _, result = newest("cpu_*_autoquant.json")
+    rows = []
+    for r in result["rows"]:
+        uniform, chosen = r["uniform"], r["chosen"]
+        kl, ours = uniform["measured_kl"], chosen["measured_kl"]
+        verdict = "less" if ours < kl else "the same plan" if chosen["configs"] == uniform["configs"] else "more"
+        rows.append((
+            f"`{r['config']}`", f"{uniform['bytes'] / 1e6:.2f}", f"{kl:.4f}",
+            f"{chosen['bytes'] / 1e6:.2f}", f"{chosen['kl']:.4f}", f"{ours:.4f}", verdict,
+        ))  # fmt: skip
+    return rows
+
+
 def demo_rows() -> list[Cells]:
     """Of `lowbit demo`: every config on its real language model."""
     _, result = newest("cpu_*_demo.json")
@@ -265,6 +280,11 @@ TABLES = {
     "accuracy": Table("docs/algorithms.md", ("config", "bits per weight", "rtn", "mse", "hqq", "gptq"), accuracy_rows),
     "steps": Table(
         "docs/algorithms.md", ("config", "algorithm", "KL (perplexity)", "measured", "goal", ""), steps_rows
+    ),
+    "autoquant": Table(
+        "docs/autoquant.md",
+        ("config", "MB", "KL measured", "MB chosen", "KL predicted", "KL chosen, measured", "chosen loses"),
+        autoquant_rows,
     ),
     "linear": Table(
         "docs/measured.md", ("weight", "M = 1, us", "read alone", "share", "speed-up", "M = 16", "M = 128"), linear_rows
