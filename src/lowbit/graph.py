@@ -124,12 +124,6 @@ def decoder_graph(model: nn.Module) -> DecoderGraph:
     return DecoderGraph(blocks, layers, embedding, norm, head)
 
 
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def _layer(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Layer:
     parts = {n.removeprefix(name + ".") for n, m in modules.items() if n.startswith(name + ".") and _has_weight(m)}
     missing = [p for p in (*NORMS, *LINEARS) if p not in parts]

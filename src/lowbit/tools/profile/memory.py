@@ -109,7 +109,7 @@ def timeline(events: Sequence[MemoryEvent], base: int = 0) -> Timeline:
     """Replay `events` upon `base` bytes that were in use before; frees of blocks never seen change nothing."""
     in_use, alive = base, dict[int, MemoryEvent]()
     points: list[Point] = []
-    peaks: dict[str, tuple[int, float, list[MemoryEvent]]] = {}
+    peaks: dict[str, tuple[int, float]] = {}
     before: dict[str, int] = {}
     first = events[0].seconds if events else 0.0
     for event in events:
@@ -123,12 +123,12 @@ def timeline(events: Sequence[MemoryEvent], base: int = 0) -> Timeline:
                 continue
             in_use -= gone.bytes
         points.append(Point(event.seconds - first, in_use, event.phase))
-        if in_use > peaks.get(event.phase, (-1, 0.0, []))[0]:
-            # The blocks are collected in the second pass: copying them at every step would be quadratic.
-            peaks[event.phase] = (in_use, event.seconds, [])
-    blocks = _alive_at(events, {seconds for _, seconds, _ in peaks.values()})
+        if in_use > peaks.get(event.phase, (-1, 0.0))[0]:
+            # Its blocks are collected in a second pass: copying them at every step would be quadratic.
+            peaks[event.phase] = (in_use, event.seconds)
+    blocks = _alive_at(events, {seconds for _, seconds in peaks.values()})
     phases = []
-    for phase, (peak, at, _) in peaks.items():
+    for phase, (peak, at) in peaks.items():
         own = [e for e in events if e.phase == phase and e.bytes > 0]
         total = sum(e.bytes for e in own)
         known = sum(e.bytes for e in own if e.layer or e.stack)
