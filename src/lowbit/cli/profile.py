@@ -21,8 +21,9 @@ from lowbit.tools.page import require_packages
 from lowbit.tools.profile import Files, Profile, document
 from lowbit.tools.profile import profile as profile_model
 from lowbit.tools.profile.language import RECORDED, reads_and_generates
-from lowbit.tools.profile.report import megabytes, seconds, write_json, write_report
+from lowbit.tools.profile.report import seconds, write_json, write_report
 from lowbit.tools.profile.session import Phase
+from lowbit.tools.profile.suggest import megabytes
 from lowbit.tools.profile.verdict import Verdict, groups
 from lowbit.tools.sources import find_source, parse_dtype, rules_for
 

@@ -188,7 +188,7 @@ def kernels_by_time(calls: Iterable[Call], limit: int = 20) -> list[KernelTime]:
 def layer_times(calls: Iterable[Call], layers: Sequence[Layer], ceiling_gb_s: float | None = None) -> list[LayerTime]:
     """Time of each layer in each phase, and the speed at which it got its weight; without lookups, which read a few
     rows of theirs."""
-    known = {name: layer for layer in layers for name in (layer.name, *layer.also) if name not in layer.lookups}
+    known = {name: layer for layer in layers for name in layer.names if name not in layer.lookups}
     sums: dict[tuple[str, str], float] = {}
     instances: dict[tuple[str, str], set[int]] = {}
     for c in calls:
@@ -236,7 +236,7 @@ def copies_before_products(calls: Iterable[Call], layers: Iterable[Layer], phase
 
     Only to be asked about phases with few tokens: for many, activations are as large.
     """
-    known = {name: layer for layer in layers if layer.quantized for name in (layer.name, *layer.also)}
+    known = {name: layer for layer in layers if layer.quantized for name in layer.names}
     runs: dict[tuple[str, int], list[Call]] = {}
     for c in calls:
         if c.layer in known and c.phase in phases:

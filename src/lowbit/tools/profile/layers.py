@@ -50,6 +50,11 @@ class Layer:
     lookups: tuple[str, ...] = ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its own name, then the others."""
+        return (self.name, *self.also)
+
+    @property
     def bits(self) -> float:
         """Stored bits per weight."""
         return 8 * self.stored_bytes / self.elements

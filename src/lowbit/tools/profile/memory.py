@@ -219,7 +219,7 @@ def copies_in_layers(events: Iterable[MemoryEvent], layers: Iterable[Layer], pha
 
     Only to be asked about phases with few tokens: for many, activations are as large.
     """
-    known = {name: layer for layer in layers if layer.quantized for name in (layer.name, *layer.also)}
+    known = {name: layer for layer in layers if layer.quantized for name in layer.names}
     out: dict[str, bool] = {}
     for event in events:
         layer = known.get(event.layer)

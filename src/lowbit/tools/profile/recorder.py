@@ -151,7 +151,7 @@ class Profiler:
     def layers(self) -> Iterator[None]:
         """Tell layers apart in what is recorded, except inside of compiled modules, whose graphs that would break."""
         with contextlib.ExitStack() as exits:
-            names = {name for layer in self.found.layers for name in (layer.name, *layer.also)}
+            names = {name for layer in self.found.layers for name in layer.names}
             for name, module in _uncompiled(self._model) if self._model is not None else ():
                 if name in names:
                     pre = module.register_forward_pre_hook(self._enter_layer(name), prepend=True)

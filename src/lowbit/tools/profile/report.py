@@ -13,6 +13,7 @@ from lowbit.tools.page import COLOURS, figure, finite, render_template, svg
 from lowbit.tools.profile.kernels import kind_of
 from lowbit.tools.profile.memory import PhaseMemory, Point
 from lowbit.tools.profile.result import Profile, document
+from lowbit.tools.profile.suggest import megabytes
 from lowbit.tools.profile.verdict import Verdict, groups
 
 #: Colours of verdicts, kinds of kernels and phases in turn.
@@ -58,10 +59,6 @@ def render(profile: Profile) -> str:
         spikes=_spike_rows(profile),
         idle=[g for g in profile.gaps if g.phase],
     )
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def seconds(value: float) -> str:
@@ -228,7 +225,7 @@ def _shorten(name: str) -> str:
 
 def _layer_plot(p: Profile, phase: str) -> str:
     """How fast each layer got its weight, in the order of the model, under the line of what memory can do."""
-    order = {name: v for v in p.verdicts.layers for name in (v.layer.name, *v.layer.also)}
+    order = {name: v for v in p.verdicts.layers for name in v.layer.names}
     times = {t.layer: t for t in p.layer_times(phase)}
     names = [name for name in order if name in times]
     plot, axes = figure(6.0, 3.9)

@@ -43,7 +43,8 @@ def suggest(
     return out
 
 
-def _mb(size: float) -> str:
+def megabytes(size: float) -> str:
+    """As text; small sizes in kB."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
@@ -59,7 +60,7 @@ def _unfused(verdicts: Verdicts, ceiling_gb_s: float | None) -> Iterator[Suggest
     peak = max(v.copy_bytes for v in unfused)
     lines = dict.fromkeys(str(v.where) for v in unfused if v.where is not None)
     at = f" at {next(iter(lines))}" + (f" and {len(lines) - 1} other lines" if len(lines) > 1 else "") if lines else ""
-    gain = f"{ratio:.1f} times less memory traffic for these weights, {_mb(peak)} less at the peak"
+    gain = f"{ratio:.1f} times less memory traffic for these weights, {megabytes(peak)} less at the peak"
     if ceiling_gb_s:
         gain += f", at least {2 * written / ceiling_gb_s / 1e6:,.2f} ms per forward at {ceiling_gb_s:.0f} GB/s"
     yield Suggestion(
@@ -94,7 +95,7 @@ def _float_layers(verdicts: Verdicts) -> Iterator[Suggestion]:
         f"{len(left)} of {len(left) + len(verdicts.quantized)} layers are not quantized and hold "
         f"{100 * size / total:.0f} % of all weight bytes. Rules by name quantize them too, in 8 bits if their accuracy "
         "matters most",
-        f"{_mb(saved)} smaller with 8 bits, {100 * saved / total:.0f} % of what is read per token",
+        f"{megabytes(saved)} smaller with 8 bits, {100 * saved / total:.0f} % of what is read per token",
         tuple(v.layer.name for v in left),
     )
 
@@ -145,8 +146,8 @@ def _spikes(verdicts: Verdicts, timeline: Timeline) -> Iterator[Suggestion]:
         inside = f", in layer {top.layers[0]}{more}" if top.layers else ""
         yield Suggestion(
             "memory-spike",
-            f"{p.phase} needs {_mb(rise)} beyond what was in use, {100 * rise / total:.0f} % of the weights' size; "
-            f"{_mb(top.bytes)} of it in {top.count} blocks from {where}{inside}",
-            f"{_mb(top.bytes)} less at the peak of {p.phase}",
+            f"{p.phase} needs {megabytes(rise)} beyond what was in use, {100 * rise / total:.0f} % of the weights' "
+            f"size; {megabytes(top.bytes)} of it in {top.count} blocks from {where}{inside}",
+            f"{megabytes(top.bytes)} less at the peak of {p.phase}",
             top.layers,
         )

@@ -133,7 +133,7 @@ def judge(
         if layer.name in caches:
             continue
         seen = by_layer.get(layer.name, [])
-        out.append(_judge(layer, seen, copied.get(layer.name, 0), any(n in ran for n in (layer.name, *layer.also))))
+        out.append(_judge(layer, seen, copied.get(layer.name, 0), any(n in ran for n in layer.names)))
     return Verdicts(tuple(out))
 
 
