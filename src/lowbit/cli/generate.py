@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from lowbit.cli.weights import Config, quantize_as_asked
 from lowbit.errors import see
 from lowbit.models.fuse import fuse_projections_
 from lowbit.models.llama import Llama
+from lowbit.models.speculative import Speculation
 from lowbit.models.tokenizer import Tokenizer
 from lowbit.tools.generate import GenerateResult
 from lowbit.tools.generate import generate as generate_tokens
@@ -221,19 +223,10 @@ def _speed(results: Sequence[GenerateResult]) -> float:
     return tokens / seconds if tokens else float("nan")
 
 
-def _speculation(results: Sequence[GenerateResult]) -> dict[str, Any] | None:
-    found = [r.speculation for r in results if r.speculation is not None]
-    if not found:
-        return None
-    passes, proposed, accepted = (sum(getattr(s, name) for s in found) for name in ("passes", "proposed", "accepted"))
-    steps = passes + sum(s.single for s in found)
-    return {
-        "passes": passes,
-        "proposed": proposed,
-        "accepted": accepted,
-        "acceptance": accepted / proposed if proposed else None,
-        "tokens_per_pass": (accepted + steps) / steps if steps else None,
-    }
+def _speculation(results: Sequence[GenerateResult]) -> Speculation | None:
+    """Of all groups together."""
+    found = [astuple(r.speculation) for r in results if r.speculation is not None]
+    return Speculation(*map(sum, zip(*found, strict=True))) if found else None
 
 
 def _summary(results: Sequence[GenerateResult], weights: int) -> str:
@@ -242,9 +235,9 @@ def _summary(results: Sequence[GenerateResult], weights: int) -> str:
     line = f"{read} prompt tokens in {seconds:.2f} s, {new} new tokens"
     line += "" if speed != speed else f", {speed:.1f} tokens/s"
     line += f"; weights {megabytes(weights)} MB, cache {megabytes(max(r.cache_bytes for r in results))} MB"
-    if (s := _speculation(results)) is not None and s["proposed"]:
-        line += f"\ndraft: {s['accepted']} of {s['proposed']} proposals accepted ({100 * s['acceptance']:.0f} %), "
-        line += f"{s['tokens_per_pass']:.2f} tokens per pass"
+    if (s := _speculation(results)) is not None and s.proposed:
+        line += f"\ndraft: {s.accepted} of {s.proposed} proposals accepted ({100 * s.acceptance:.0f} %), "
+        line += f"{s.tokens_per_pass:.2f} tokens per pass"
     return line
 
 
@@ -257,6 +250,8 @@ def _document(
         for p, i, t in zip(prompts, ids, texts, strict=True)
     ]
     read = sum(r.ids.shape[0] * r.prompt_tokens for r in results)
+    done = _speculation(results)
+    shown = ("passes", "proposed", "accepted", "acceptance", "tokens_per_pass")
     return {
         "model": source.path,
         "config": config,
@@ -265,5 +260,5 @@ def _document(
         "prefill_tokens_per_second": read / sum(r.prefill_seconds for r in results),
         "cache_bytes": max(r.cache_bytes for r in results),
         "draft": draft,
-        "speculation": _speculation(results),
+        "speculation": None if done is None else {name: getattr(done, name) for name in shown},
     }

@@ -19,6 +19,7 @@ from lowbit.kernels.problem import early_launches, is_batch_invariant
 from lowbit.kernels.select import triton_missing
 from lowbit.models.inference import MOST_NEW, State, forward, forward_new
 from lowbit.models.llama import Llama
+from lowbit.models.sampling import Sampling, draw
 from lowbit.tensor import QuantizedTensor
 
 # Capacities of kept sessions are multiples of this, so that generations of similar lengths share one.
@@ -34,8 +35,8 @@ class Session:
             session.step()
         print(session.ids)
 
-    Every call chooses the most likely token; `put` replaces it. Weights must stay where they are while a session with a
-    graph is in use; `session_for` makes a new one if they do not.
+    Every call chooses the most likely token; `sample` and `put` replace it. Weights must stay where they are while a
+    session with a graph is in use; `session_for` makes a new one if they do not.
 
     Attributes:
         length: tokens of each sequence so far, the newest included, which is not in the cache yet.
@@ -178,6 +179,11 @@ class Session:
     def put(self, token: Tensor) -> None:
         """Replace the newest token of every sequence by `token (B,)`."""
         self.state.take(token.to(self.state.token.dtype), 0)
+
+    def sample(self, logits: Tensor, sampling: Sampling, random: torch.Generator) -> None:
+        """Replace the newest token of every sequence by a draw from `logits (B, V)`, unless the sampling is greedy."""
+        if not sampling.greedy:
+            self.put(draw(sampling.probabilities(logits), random))
 
     @torch.inference_mode()
     def capture_prompt(self, tokens: int) -> None:

@@ -171,8 +171,6 @@ class Speculative:
 
     def _single(self, sampling: Sampling, random: torch.Generator) -> Tensor:
         """A step of the target."""
-        logits = self.target.step()
-        if not sampling.greedy:
-            self.target.put(draw(sampling.probabilities(logits), random))
+        self.target.sample(self.target.step(), sampling, random)
         self.done.single += 1
         return self.target.token[:, None].cpu()

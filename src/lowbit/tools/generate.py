@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import see
 from lowbit.models.llama import Llama
-from lowbit.models.sampling import Sampling, draw
+from lowbit.models.sampling import Sampling
 from lowbit.models.session import Session, session_for
 from lowbit.models.speculative import Speculation, Speculative
 
@@ -119,8 +119,7 @@ def generate(
     logits = source.prefill(ids)
     prefilled = _now(device)
     session = source.session
-    if not sampling.greedy:
-        session.put(draw(sampling.probabilities(logits), random))
+    session.sample(logits, sampling, random)
     new = 0
     for token in (t for tokens in source.tokens(sampling, random, out) for t in tokens.unbind(1)):
         new += 1
@@ -196,9 +195,7 @@ class _Steps:
         """`(B, 1)`, beginning with the one that is chosen already; valid until the next."""
         while True:
             yield self.session.token[:, None]
-            logits = self.session.step()
-            if not sampling.greedy:
-                self.session.put(draw(sampling.probabilities(logits), random))
+            self.session.sample(self.session.step(), sampling, random)
 
 
 class _Rounds:
