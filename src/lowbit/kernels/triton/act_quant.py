@@ -18,7 +18,7 @@ from lowbit.formats.activation import Activation
 from lowbit.formats.fp8 import E4M3
 from lowbit.kernels.problem import Operand
 from lowbit.kernels.triton.act_rules import Rule, bounded_bits, magnitude, rule_of, safe
-from lowbit.kernels.triton.launch import OPTIONS, on_device
+from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, on_device
 from lowbit.kernels.triton.row_quant import LONGEST, Source, launch, needs_whole_rows
 
 BLOCK = 2048
@@ -46,7 +46,7 @@ def tensor_scale_kernel(amax, scale, M, TOP: tl.constexpr, R: tl.constexpr, BLOC
 
 
 def _row_block(k: int) -> int:
-    return min(BLOCK, max(16, 1 << (k - 1).bit_length()))
+    return min(BLOCK, ceil_pow2(k, 16))
 
 
 def _tensor_scale(x: Tensor, rule: Rule) -> Tensor:

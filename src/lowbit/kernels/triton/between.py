@@ -13,15 +13,10 @@ from torch import Tensor
 
 from lowbit.kernels.cache_layout import check_heads
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
-from lowbit.kernels.triton.launch import OPTIONS, early_options, on_device
+from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, early_options, on_device
 
 ELEMENTS = 1024  # of a block of `silu_mul`
 HEADS = 8  # of a block of `rope_write`
-
-
-def ceil_pow2(n: int, least: int = 1) -> int:
-    """The smallest power of two from `n` on, and from `least` on."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 # Residual sum and RMSNorm ------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.kernels.cache_layout import check_heads
-from lowbit.kernels.triton.between import ceil_pow2, rotated
+from lowbit.kernels.triton.between import rotated
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
-from lowbit.kernels.triton.launch import OPTIONS, early_options, on_device
+from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, early_options, on_device
 
 MOST_SPLITS = 16
 # Sums of all parts that the last block holds at once, in numbers: what fits into registers.

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.triton.between import ceil_pow2
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
-from lowbit.kernels.triton.launch import OPTIONS, early_options, on_device
+from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, early_options, on_device
 
 BLOCK = 2048  # logits of a part
 

@@ -21,6 +21,11 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def ceil_pow2(n: int, least: int = 1) -> int:
+    """The smallest power of two from `n` on, and from `least` on."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 elsewhere (the interpreter runs programs one by one)."""
     return _count(device.index or 0) if device.type == "cuda" else 1

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from lowbit.kernels.triton.act_rules import Rule, group_scales, int8_of, level, row_level, row_scale
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
-from lowbit.kernels.triton.launch import OPTIONS, early_options, has_native_float8, multiprocessors, on_device, uses_ptx
+from lowbit.kernels.triton.launch import (
+    OPTIONS,
+    ceil_pow2,
+    early_options,
+    has_native_float8,
+    multiprocessors,
+    on_device,
+    uses_ptx,
+)
 
 LONGEST = 65536  # of a row that registers hold
 PART = 1024  # the least of a row that is worth a program
@@ -140,7 +148,7 @@ def quantized_row_kernel(
 
 def row_block(k: int, group: int = 0) -> int:
     """The power of two that holds a row of K numbers, and at least one group."""
-    return max(16, group, 1 << (k - 1).bit_length())
+    return ceil_pow2(k, max(16, group))
 
 
 def part_of(m: int, block: int, group: int, processors: int) -> int:
