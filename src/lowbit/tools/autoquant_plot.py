@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowbit.tools.autoquant import FLOAT, Measurements, Plan
-from lowbit.tools.bench_plot import check_plot
+from lowbit.tools.bench_plot import check_plot, save
 
 
 def plot_front(found: Measurements, plans: Sequence[Plan], chosen: Plan, path: Path) -> None:
     """Write it; svg, png or pdf by the name."""
     check_plot(path)
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     # A logarithm has no place for the model that loses nothing.
     line = [p for p in plans if p.kl > 0]
     axes.step([p.bytes / 1e6 for p in line], [p.kl for p in line], where="post", color="#c8102e", label="per layer")
@@ -31,5 +29,4 @@ def plot_front(found: Measurements, plans: Sequence[Plan], chosen: Plan, path: P
     axes.set(xlabel="MB of the layers", ylabel="sum of KL divergences, nats (predicted)", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)

@@ -24,6 +24,7 @@ _STYLES = {
     "bitsandbytes": ("#d98a1f", "P", 1.4),
 }
 _SPARE = (("#0b8a8f", "X", 1.4), ("#a0522d", "*", 1.4), ("#b5409c", "h", 1.4))
+_LEGEND: dict[str, Any] = {"loc": "upper left", "frameon": False, "fontsize": 9, "labelcolor": _TEXT}
 _COLUMNS = 4
 
 
@@ -40,6 +41,34 @@ def check_plot(path: Path) -> None:
         raise ImportError("--plot needs matplotlib; pip install 'lowbit[cli]'" + see("missing-package"))
 
 
+def save(figure: Any, path: Path) -> None:
+    """Write a figure: the same bytes whenever that is, and text as text."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _head(figure: Any, title: str, subtitle: str) -> None:
+    """The two lines above the legend."""
+    inch = 1 / figure.get_figheight()
+    figure.text(0.012, 1 - 0.13 * inch, title, fontsize=12.5, fontweight="bold", color=_TEXT, va="top")
+    figure.text(0.012, 1 - 0.37 * inch, subtitle, fontsize=8.5, color=_MUTED, va="top")
+
+
+def _frame(axes: Any, grid: str = "both") -> None:
+    """Grid lines of one axis or both, and what is around the axes no stronger than they."""
+    axes.grid(True, axis=grid, color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(_GRID)
+    axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
+
+
+# bench linear ------------------------------------------------------------------------------------
+
+
 def write_plot(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     """Draw the rows into `path`.
 
@@ -48,7 +77,6 @@ def write_plot(rows: Sequence[Row], path: Path, subtitle: str) -> None:
         ImportError: matplotlib is not installed.
     """
     check_plot(path)
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -81,16 +109,10 @@ def write_plot(rows: Sequence[Row], path: Path, subtitle: str) -> None:
             axes.set_ylabel("microseconds", fontsize=9, color=_MUTED)
         if i + columns >= len(panels):
             axes.set_xlabel("tokens M", fontsize=9, color=_MUTED)
-    inch = 1 / height
-    title: dict[str, Any] = {"fontsize": 12.5, "fontweight": "bold", "color": _TEXT, "va": "top"}
-    figure.text(0.012, 1 - 0.13 * inch, "Time of one linear layer", **title)
-    figure.text(0.012, 1 - 0.37 * inch, subtitle, fontsize=8.5, color=_MUTED, va="top")
-    figure.legend(list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=(0.006, 1 - 0.52 * inch),
-                  ncols=len(handles), frameon=False, fontsize=9, labelcolor=_TEXT, handlelength=2.2,
-                  columnspacing=1.6, borderpad=0.2)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _head(figure, "Time of one linear layer", subtitle)
+    figure.legend(list(handles.values()), list(handles), **_LEGEND, bbox_to_anchor=(0.006, 1 - 0.52 / height),
+                  ncols=len(handles), handlelength=2.2, columnspacing=1.6, borderpad=0.2)  # fmt: skip
+    save(figure, path)
 
 
 def _panel(axes: Any, rows: list[Row], handles: dict[str, Any]) -> None:
@@ -132,13 +154,7 @@ def _axes_style(axes: Any, tokens: list[int]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 2000 else (1.0,), numticks=12))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="major", color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_GRID)
-    axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
+    _frame(axes)
 
 
 # bench generate ----------------------------------------------------------------------------------
@@ -157,7 +173,6 @@ def write_budgets(rows: Sequence[GenerateRow], path: Path, subtitle: str) -> Non
     timed = [r for r in rows if r.step_us]
     if not timed:
         raise ValueError("--plot: nothing was measured, so there is nothing to draw" + see("bad-option"))
-    import matplotlib
     from matplotlib.figure import Figure
 
     height = 1.5 + 0.42 * len(timed)
@@ -175,20 +190,11 @@ def write_budgets(rows: Sequence[GenerateRow], path: Path, subtitle: str) -> Non
     axes.set_xlabel("microseconds of a step", fontsize=9, color=_MUTED)
     axes.margins(x=0.14)
     axes.set_xlim(left=0)
-    axes.grid(True, axis="x", color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
-    inch = 1 / height
-    figure.text(0.012, 1 - 0.13 * inch, "Where a token's time goes", fontsize=12.5, fontweight="bold", color=_TEXT,
-                va="top")  # fmt: skip
-    figure.text(0.012, 1 - 0.37 * inch, subtitle, fontsize=8.5, color=_MUTED, va="top")
-    figure.legend(loc="upper left", bbox_to_anchor=(0.006, 1 - 0.5 * inch), ncols=3, frameon=False, fontsize=9,
-                  labelcolor=_TEXT)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _frame(axes, "x")
+    axes.spines["left"].set_visible(False)
+    _head(figure, "Where a token's time goes", subtitle)
+    figure.legend(**_LEGEND, bbox_to_anchor=(0.006, 1 - 0.5 / height), ncols=3)
+    save(figure, path)
 
 
 def budget(row: GenerateRow) -> tuple[float, float, float]:
@@ -218,7 +224,6 @@ def write_roofline(rows: Sequence[RooflineRow], ceilings: Ceilings, path: Path, 
     timed = [r for r in rows if r.b_q_e2e_s and r.b_bf16_e2e_s]
     if not timed:
         raise ValueError("--plot: nothing was measured, so there is nothing to draw" + see("bad-option"))
-    import matplotlib
     from matplotlib.figure import Figure
 
     height = 5.6
@@ -241,19 +246,7 @@ def write_roofline(rows: Sequence[RooflineRow], ceilings: Ceilings, path: Path, 
                      color=colour, marker=marker, edgecolor="white", linewidth=0.5, label=recipe, zorder=4)  # fmt: skip
     axes.set_xlabel("operations per byte of ReLU and Linear", fontsize=9, color=_MUTED)
     axes.set_ylabel("TFLOP/s", fontsize=9, color=_MUTED)
-    axes.grid(True, which="major", color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_GRID)
-    axes.tick_params(which="both", color=_GRID, labelcolor=_MUTED, labelsize=8.5)
-    inch = 1 / height
-    title: dict[str, Any] = {"fontsize": 12.5, "fontweight": "bold", "color": _TEXT, "va": "top"}
-    figure.text(0.012, 1 - 0.13 * inch, "ReLU and a linear layer below the ceilings of this machine", **title)
-    figure.text(0.012, 1 - 0.37 * inch, subtitle, fontsize=8.5, color=_MUTED, va="top")
-    figure.legend(loc="upper left", bbox_to_anchor=(0.006, 1 - 0.5 * inch), ncols=5, frameon=False, fontsize=9,
-                  labelcolor=_TEXT)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _frame(axes)
+    _head(figure, "ReLU and a linear layer below the ceilings of this machine", subtitle)
+    figure.legend(**_LEGEND, bbox_to_anchor=(0.006, 1 - 0.5 / height), ncols=5)
+    save(figure, path)
