@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from lowbit.cli.bench import choose_device, positive, words
-from lowbit.cli.output import FAILED, OK, Debug, Json, command, emit_json, say, stderr, stdout
+from lowbit.cli.measure import (
+    MANY,
+    LiveTable,
+    MaybeDevice,
+    Out,
+    Results,
+    Seconds,
+    choose_device,
+    command_line,
+    number,
+    percent,
+    positive,
+    words,
+)
+from lowbit.cli.output import FAILED, OK, Debug, Json, command, say, stderr, stdout
 from lowbit.errors import see
 from lowbit.tools.bench_linear import LAYERS, parse_scheme
 from lowbit.tools.bench_plot import check_plot, write_roofline
 from lowbit.tools.bench_roofline import Plan, bench_roofline, document, measure_ceilings
-from lowbit.tools.bench_rows import about, write_json
+from lowbit.tools.bench_rows import about
 from lowbit.tools.roofline import SQUARES, Ceilings, RooflineRow, Shape, llama_shapes
 
-_MANY = "May be repeated, or a list with commas."
-_RECIPES_HELP = f"A config's short name, or weight+activation such as int8:row+int8:row. {_MANY}"
-_SHAPES_HELP = f"MxKxN; default: M = K = N from 1024 to 16384. {_MANY}"
-_TOKENS_HELP = f"Numbers of tokens of --llama. {_MANY}"
+_RECIPES_HELP = f"A config's short name, or weight+activation such as int8:row+int8:row. {MANY}"
+_SHAPES_HELP = f"MxKxN; default: M = K = N from 1024 to 16384. {MANY}"
+_TOKENS_HELP = f"Numbers of tokens of --llama. {MANY}"
 _RECIPES = ["float8dq-row"]
 _TOKENS = ["1", "16", "128", "1024", "4096"]
 
@@ -34,10 +44,10 @@ def roofline(
     shape: Annotated[list[str] | None, typer.Option("--shape", "-s", metavar="MxKxN", help=_SHAPES_HELP)] = None,
     llama: Annotated[bool, typer.Option("--llama", help="The layers of Llama-3.1-8B, instead or beside.")] = False,
     tokens: Annotated[list[str], typer.Option("--tokens", "-m", metavar="M", help=_TOKENS_HELP)] = _TOKENS,
-    seconds: Annotated[float, typer.Option(help="No new row is started after so many seconds.")] = 300.0,
-    out: Annotated[Path | None, typer.Option(help="JSON file, written again after every row.")] = None,
+    seconds: Seconds = 300.0,
+    out: Out = None,
     plot: Annotated[Path | None, typer.Option(help="Operations over intensity: .svg, .png or .pdf.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU where there is one.")] = None,
+    device: MaybeDevice = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -56,35 +66,26 @@ def roofline(
         raise ValueError("roofline: give at least one --recipe" + see("bad-option"))
     if plot is not None:
         check_plot(plot)
-    facts = about(plan.device, " ".join(["lowbit", *sys.argv[1:]]))
+    facts = about(plan.device, command_line())
     hardware = f"{facts['gpu'] or facts['processor']}, torch {facts['torch']}"
-    live = _Lines(stderr() if as_json else stdout(), plan)
+    live = LiveTable(stderr() if as_json else stdout(), _COLUMNS, _LEFT, {"recipe": plan.recipes})
     say("[dim]measuring ceilings ...[/]")
     ceilings = measure_ceilings(plan.device)
-    live.heading(hardware, ceilings)
-    rows: list[RooflineRow] = []
+    live.heading(*_heading(hardware, ceilings))
+    results: Results[RooflineRow] = Results(lambda rows, left_out: document(facts, ceilings, rows, left_out), out)
 
     def keep(row: RooflineRow) -> None:
-        rows.append(row)
-        live.add(row)
-        if out is not None:
-            write_json(out, document(facts, ceilings, rows, []))
+        _show(live, row)
+        results.add(row)
 
     _, left_out = bench_roofline(plan, ceilings, keep)
-    content = document(facts, ceilings, rows, left_out)
-    if out is not None:
-        write_json(out, content)
+    content = results.write(left_out)
     for gone in left_out:
         say(f"left out, {escape(gone.reason)}: {gone.layer} {escape(gone.scheme)}")
-    if plot is not None and any(r.b_q_e2e_s for r in rows):
-        write_roofline(rows, ceilings, plot, f"{hardware}, {facts['date']}; medians")
-    if as_json:
-        emit_json(content)
-    else:
-        for file in (out, plot):
-            if file is not None and file.exists():
-                live.console.print(f"written: [bold]{escape(str(file))}[/]")
-    return FAILED if any(r.error for r in rows) else OK
+    if plot is not None and any(r.b_q_e2e_s for r in results.rows):
+        write_roofline(results.rows, ceilings, plot, f"{hardware}, {facts['date']}; medians")
+    live.end(content, (out, plot), as_json)
+    return FAILED if any(r.error for r in results.rows) else OK
 
 
 def parse_shape(word: str) -> Shape:
@@ -102,38 +103,24 @@ def parse_shape(word: str) -> Shape:
 # The table, line by line -------------------------------------------------------------------------
 
 _COLUMNS = (
-    ("recipe", 12), ("layer", 7), ("fwd_M", 6), ("fwd_K", 6), ("fwd_N", 6), ("kernel", 18), ("r_bf16", 9),
+    ("recipe", 6), ("layer", 7), ("fwd_M", 6), ("fwd_K", 6), ("fwd_N", 6), ("kernel", 18), ("r_bf16", 9),
     ("b_bf16", 9), ("r_q", 9), ("b_q", 9), ("r_spdp", 6), ("b_spdp", 6), ("b/r", 5), ("gap gemm", 9), ("ovhd", 8),
     ("rest", 8), ("launch", 6),
 )  # fmt: skip
 _LEFT = ("recipe", "layer", "kernel")
 
 
-class _Lines:
-    """Rows as they come: rich prints whole tables only, so columns have fixed widths."""
+def _heading(hardware: str, ceilings: Ceilings) -> list[str]:
+    peaks = ", ".join(f"{unit} {peak / 1e12:.4g} TFLOP/s" for unit, peak in ceilings.peaks.items())
+    reading = f"reading {ceilings.bandwidth / 1e9:.0f} GB/s, launch {ceilings.launch_s * 1e6:.2f} us"
+    missing = [f"no ceiling of {unit}: {reason}" for unit, reason in ceilings.missing.items()]
+    return [f"{hardware}; measured: {reading}, {peaks}; times in us", *missing]
 
-    def __init__(self, console: Console, plan: Plan) -> None:
-        self.console = console
-        self.widths = [w for _, w in _COLUMNS]
-        self.widths[0] = max(6, *map(len, plan.recipes))
 
-    def heading(self, hardware: str, ceilings: Ceilings) -> None:
-        peaks = ", ".join(f"{unit} {peak / 1e12:.4g} TFLOP/s" for unit, peak in ceilings.peaks.items())
-        reading = f"reading {ceilings.bandwidth / 1e9:.0f} GB/s, launch {ceilings.launch_s * 1e6:.2f} us"
-        self.console.print(f"[dim]{escape(hardware)}; measured: {reading}, {peaks}; times in us[/]", soft_wrap=True)
-        for unit, reason in ceilings.missing.items():
-            self.console.print(f"[dim]no ceiling of {unit}: {escape(reason)}[/]", soft_wrap=True)
-        self.console.print(f"[bold]{self._line([title for title, _ in _COLUMNS])}[/]", soft_wrap=True)
-
-    def add(self, row: RooflineRow) -> None:
-        style = "red" if row.error else "green" if (row.b_q_e2e_spdp or 0) >= 1 else ""
-        self.console.print(escape(self._line(row_cells(row))), style=style, soft_wrap=True)
-        if row.error:
-            self.console.print(escape(f"  {row.error}"), style="red", soft_wrap=True)
-
-    def _line(self, cells: list[str]) -> str:
-        columns = zip(cells, _COLUMNS, self.widths, strict=True)
-        return " ".join(f"{c:<{w}}" if title in _LEFT else f"{c:>{w}}" for c, (title, _), w in columns).rstrip()
+def _show(live: LiveTable, row: RooflineRow) -> None:
+    live.line(row_cells(row), "red" if row.error else "green" if (row.b_q_e2e_spdp or 0) >= 1 else "")
+    if row.error:
+        live.note(row.error)
 
 
 def row_cells(row: RooflineRow) -> list[str]:
@@ -145,15 +132,11 @@ def row_cells(row: RooflineRow) -> list[str]:
     return [
         row.recipe, row.name or "-", str(row.fwd_M), str(row.fwd_K), str(row.fwd_N), (row.kernel or "-") + own,
         _us(row.r_bf16_e2e_s), _us(row.b_bf16_e2e_s), _us(row.r_q_gemm_and_ovhd_s), _us(row.b_q_e2e_s),
-        _number(row.r_q_gemm_and_ovhd_spdp), _number(row.b_q_e2e_spdp), _number(row.spdp_ratio),
+        number(row.r_q_gemm_and_ovhd_spdp, 2), number(row.b_q_e2e_spdp, 2), number(row.spdp_ratio, 2),
         _us(row.gap_gemm_s), _us(row.gap_ovhd_s), _us(row.gap_rest_s),
-        "-" if row.launch_share is None else f"{100 * row.launch_share:.0f} %",
+        percent(row.launch_share),
     ]  # fmt: skip
 
 
 def _us(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e6:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return number(None if seconds is None else seconds * 1e6, 1)
