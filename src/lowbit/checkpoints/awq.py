@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.files import Files, TensorInfo
-from lowbit.checkpoints.foreign import Infos, OneLayerOneModule, Stored, only, sized, transposed, words
+from lowbit.checkpoints.foreign import Infos, OneLayerOneModule, Stored, float_scales, only, sized, transposed, words
 from lowbit.checkpoints.leaves import Leaf
 from lowbit.checkpoints.manifest import StoredWeight
 from lowbit.formats.elements import pack_bits
@@ -45,14 +45,12 @@ class Reader(OneLayerOneModule):
         n = packed * 8
         group = k if self.group == -1 else self.group
         groups = -(-k // group)
-        scale = within.get("scales", TensorInfo(torch.float16, ()))
-        if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(f"{layer}.scales is {scale}, expected a float")
-        fmt = IntFormat(4, PerRow() if groups == 1 else PerGroup(group), False, scale.dtype)
+        scale = float_scales(layer, within)
+        fmt = IntFormat(4, PerRow() if groups == 1 else PerGroup(group), False, scale)
         leaves = [
             Leaf(f"{layer}.qweight", "qdata", TensorInfo(torch.int32, (k, packed)), from_disk=_codes),
             Leaf(f"{layer}.qzeros", "zero_point", TensorInfo(torch.int32, (groups, packed)), from_disk=_columns),
-            Leaf(f"{layer}.scales", "scale", TensorInfo(scale.dtype, (groups, n)), from_disk=transposed),
+            Leaf(f"{layer}.scales", "scale", TensorInfo(scale, (groups, n)), from_disk=transposed),
         ]
         return Stored(StoredWeight(fmt, None, (n, k), dtype), leaves)
 

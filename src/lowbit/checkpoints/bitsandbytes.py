@@ -72,10 +72,9 @@ class Reader(OneLayerOneModule):
     def _four(self, layer: str, within: Infos, files: Files, dtype: torch.dtype) -> Stored:
         [mark] = [m for m in sorted(self.marks) if m in within]
         kind = mark.removeprefix(_STATE)
-        n, k, block, offset = _state(files.get(f"{layer}.{mark}"), kind, layer)
-        nested = offset is not None
         state = files.get(f"{layer}.{mark}")
-        absmax = TensorInfo(torch.uint8 if nested else torch.float32, (n * k // block,))
+        n, k, block, offset = _state(state, kind, layer)
+        absmax = TensorInfo(torch.float32 if offset is None else torch.uint8, (n * k // block,))
         leaves = [
             Leaf(f"{layer}.weight", "qdata", TensorInfo(torch.uint8, (n * k // 2, 1)), from_disk=_codes(n)),
             Leaf(f"{layer}.weight.quant_map", "codebook", TensorInfo(torch.float32, (16,))),

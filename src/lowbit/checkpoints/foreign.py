@@ -86,6 +86,18 @@ def sized(within: Infos, name: str, dimensions: int) -> tuple[int, ...]:
     return info.shape
 
 
+def float_scales(layer: str, within: Infos) -> torch.dtype:
+    """The dtype of a layer's `scales`; that they are missing is said when they are read.
+
+    Raises:
+        ValueError: it is no float.
+    """
+    info = within.get("scales", TensorInfo(torch.float16, ()))
+    if info.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"{layer}.scales is {info}, expected a float")
+    return info.dtype
+
+
 def words(t: Tensor, bits: int) -> Tensor:
     """Unsigned codes of int32 words `(R, C)`, least significant first: uint8 `(R, C * 32 / bits)`."""
     return unpack_bits(t.contiguous().view(torch.uint8), bits, t.shape[1] * 32 // bits)

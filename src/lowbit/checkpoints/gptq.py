@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.files import Files, TensorInfo
-from lowbit.checkpoints.foreign import Infos, OneLayerOneModule, Stored, constant, only, sized, transposed, words
+from lowbit.checkpoints.foreign import (
+    Infos,
+    OneLayerOneModule,
+    Stored,
+    constant,
+    float_scales,
+    only,
+    sized,
+    transposed,
+    words,
+)
 from lowbit.checkpoints.leaves import Leaf
 from lowbit.checkpoints.manifest import StoredWeight
 from lowbit.formats.int import IntFormat
@@ -57,12 +67,10 @@ class Reader(OneLayerOneModule):
         bits, k = self.bits, rows * 32 // self.bits
         group = k if self.group == -1 else min(self.group, k)
         groups = -(-k // group)
-        scale = within.get("scales", TensorInfo(torch.float16, ()))
-        if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(f"{layer}.scales is {scale}, expected a float")
+        scale = float_scales(layer, within)
         if n * bits % 32:
             raise ValueError(f"{layer}: {n} zero points of {bits} bits do not fill whole words")
-        fmt = IntFormat(bits, PerRow() if groups == 1 else PerGroup(group), self.symmetric, scale.dtype)
+        fmt = IntFormat(bits, PerRow() if groups == 1 else PerGroup(group), self.symmetric, scale)
         flip = 0x80 if bits == 8 and self.symmetric else 0
 
         def codes(t: Tensor) -> Tensor:
@@ -71,7 +79,7 @@ class Reader(OneLayerOneModule):
 
         leaves = [
             Leaf(f"{layer}.qweight", "qdata", TensorInfo(torch.int32, (rows, n)), from_disk=codes),
-            Leaf(f"{layer}.scales", "scale", TensorInfo(scale.dtype, (groups, n)), from_disk=transposed),
+            Leaf(f"{layer}.scales", "scale", TensorInfo(scale, (groups, n)), from_disk=transposed),
         ]
         zeros = TensorInfo(torch.int32, (groups, n * bits // 32))
         if self.symmetric:
