@@ -25,6 +25,8 @@ CONFIGS = [
     Config(16, blocks=2), Config(16, 2, cut=True), Config(16, cut=True, blocks=2), Config(32, blocks=2),
     Config(32, cut=True, blocks=2), Config(64, 2), Config(64, cut=True), Config(128, cut=True), Config(128, 2),
     Config(128, 2, cut=True), Config(256), Config(256, cut=True), Config(16, cut=True, warpgroups=4),
+    Config(16, blocks=2, split=2), Config(64, 2, split=4), Config(64, split=4), Config(128, split=4),
+    Config(256, split=2),
 ]  # fmt: skip
 
 

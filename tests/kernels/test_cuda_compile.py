@@ -27,7 +27,7 @@ from lowbit.kernels.select import select
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install cuda-bindings nvidia-cuda-nvrtc")
 HOPPER = (9, 0)
 # One instance for each kind of tile: two blocks per multiprocessor, two rows of tiles per warpgroup, most tokens.
-TILES = [Config(32, blocks=2), Config(64), Config(128, 2), Config(256)]
+TILES = [Config(32, blocks=2), Config(64, split=4), Config(128, 2), Config(256)]
 
 
 def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
@@ -158,7 +158,8 @@ def test_blocks_share_k_only_where_that_pays(spec: str) -> None:
 
 def test_tiles_are_cut_where_they_do_not_fill_the_blocks() -> None:
     fmt = parse_format("int4:g128")
-    assert wgmma.config_for(fmt, 64, 4096, 4096, 132).cut  # 32 tiles for 132 multiprocessors
+    assert wgmma.config_for(fmt, 64, 4096, 4096, 132).split == 4  # 32 tiles for 132 multiprocessors
+    assert wgmma.config_for(fmt, 256, 28672, 4096, 132).cut  # 224 tiles
     assert not wgmma.config_for(fmt, 4096, 132 * 128, 4096, 132).cut
     assert wgmma.config_for(fmt, 20, 4096, 4096, 132).tokens == 32
     assert wgmma.config_for(fmt, 4096, 28672, 4096, 132).tokens == 256

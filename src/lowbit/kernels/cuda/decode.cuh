@@ -133,6 +133,8 @@ __device__ __forceinline__ u32 pair(float v) { return narrow(v) * 0x00010001u; }
 // Computed once: without this the compiler would rather compute addresses again than keep them.
 __device__ __forceinline__ void keep(u32 &v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void keep(int &v) { asm volatile("" : "+r"(v)); }
+template <typename T>
+__device__ __forceinline__ void keep(T *&v) { asm volatile("" : "+l"(v)); }
 
 __device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 

@@ -10,11 +10,14 @@
 // the whole run: copies for the next tile are under way while a warp writes its outputs, and warpgroups drift apart, so
 // that one multiplies while another writes.
 //
-// Where tiles do not fill the blocks evenly, the work is cut along K into equal shares. A block goes through its share
-// from the end to the beginning: the parts of a tile that other blocks have are then their first, and belong to blocks of
-// lower numbers, which never wait for those of higher ones. Their sums are added in a fixed order.
+// Where tiles do not fill the blocks evenly, the last of them are cut along K into equal shares. A block goes through its
+// share from the end to the beginning: the parts of a tile that other blocks have are then their first, and belong to
+// blocks of lower numbers, which never wait for those of higher ones. Their sums are added in a fixed order.
 //
-// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), X_OCTETS (per stage of
+// Where there are very few tiles, the SPLIT blocks of a team share each: every block has a part of K, leaves its sums for
+// the blocks that finish them, and finishes those of some tokens itself.
+//
+// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), SPLIT, X_OCTETS (per stage of
 // activations), X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)` for
 // TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images.
 
@@ -28,10 +31,11 @@ constexpr int BATCH = 2;  // steps of 16 weights that are multiplied together; f
 constexpr int BATCHES = 2 * OCTETS / BATCH;  // per step
 constexpr int X_STEPS = OCTETS / X_OCTETS;  // stages of activations per stage of weights
 constexpr int W_BYTES = ROWS * 4 * (16 + TWO + ONE);
+constexpr int FINISHED = TOKENS / SPLIT;  // tokens of a tile whose outputs a block finishes
 constexpr int W_THREADS = 64;  // of the producers, the others bring activations
 // Groups of whole steps multiply fp32 sums where these are few; else scales multiply the decoded pairs.
 constexpr bool SUMS = SCALE_MODE == PER_STEP;
-constexpr int OUT_TOKENS = TOKENS < 32 ? TOKENS : 32;  // that a warp writes at a time, through shared memory:
+constexpr int OUT_TOKENS = FINISHED < 32 ? FINISHED : 32;  // that a warp writes at a time, through shared memory:
 constexpr int OUT_STRIDE = 48;                         // bytes of a token's 16 outputs there; 16 more for the banks
 
 // One plane of a tile: four chunks of BYTES of every row, from the byte `at` of the row. `rows` are byte offsets.
@@ -78,9 +82,15 @@ struct Tile {
     int row, token;
 };
 
+// The SPLIT blocks that share tiles are a team.
+__device__ __forceinline__ int member() { return blockIdx.x % SPLIT; }
+__device__ __forceinline__ int team() { return blockIdx.x / SPLIT; }
+__device__ __forceinline__ int teams() { return gridDim.x / SPLIT; }
+__device__ __forceinline__ int row_tiles(const Arguments &a) { return (a.n + ROWS - 1) / ROWS; }
+
 __device__ __forceinline__ Tile tile_at(const Arguments &a, int tile) {
-    const int row_tiles = (a.n + ROWS - 1) / ROWS, token_tiles = (a.m + TOKENS - 1) / TOKENS;
-    const int band = tile / (8 * row_tiles), width = min(8, token_tiles - 8 * band), inside = tile - band * 8 * row_tiles;
+    const int rows = row_tiles(a), token_tiles = (a.m + TOKENS - 1) / TOKENS;
+    const int band = tile / (8 * rows), width = min(8, token_tiles - 8 * band), inside = tile - band * 8 * rows;
     return {inside / width * ROWS, (8 * band + inside % width) * TOKENS};
 }
 
@@ -89,30 +99,30 @@ struct Piece {
     int tile, begin, end;
 };
 
-// The pieces of a block, one after the other. Tiles consist of `units` parts. Whole tiles (one unit) go around the
-// blocks; else block b has all units from first(b) to first(b + 1).
+// The pieces of a team, one after the other: of the tiles that are cut, the steps from first(team) to first(team + 1) of all
+// in a row; then whole tiles, which go around the teams.
 struct Work {
-    int tiles, steps, units, at;
+    int tiles, steps, cut_tiles, share, rest, at, whole;
 
-    __device__ __forceinline__ Work(const Arguments &a, int units)
-        : tiles((a.n + ROWS - 1) / ROWS * ((a.m + TOKENS - 1) / TOKENS)), steps((a.k + STEP - 1) / STEP), units(units),
-          at(units == 1 ? blockIdx.x : first(blockIdx.x + 1)) {}
+    __device__ __forceinline__ Work(const Arguments &a, int cut)
+        : tiles(row_tiles(a) * ((a.m + TOKENS - 1) / TOKENS)), steps((a.k + STEP - 1) / STEP),
+          cut_tiles(cut ? tiles - max(tiles / teams() - 1, 0) * teams() : 0), share(cut_tiles * steps / teams()),
+          rest(cut_tiles * steps % teams()), at(first(team() + 1)), whole(cut_tiles + team()) {}
 
-    __device__ __forceinline__ int first(int block) const { return (long long)tiles * units * block / gridDim.x; }
+    __device__ __forceinline__ int first(int team) const { return share * team + rest * team / teams(); }
 
     __device__ __forceinline__ bool next(Piece &p) {
-        if (units == 1) {
-            p = {at, 0, steps};
-            at += gridDim.x;
-            return p.tile < tiles;
+        const int begin = first(team());
+        if (at > begin) {
+            p.tile = (at - 1) / steps;
+            p.end = at - p.tile * steps;
+            at = max(begin, p.tile * steps);
+            p.begin = at - p.tile * steps;
+            return true;
         }
-        const int begin = first(blockIdx.x);
-        if (at <= begin) return false;
-        p.tile = (at - 1) / units;
-        p.end = (long long)steps * (at - p.tile * units) / units;
-        at = max(begin, p.tile * units);
-        p.begin = (long long)steps * (at - p.tile * units) / units;
-        return true;
+        p = {whole, steps * member() / SPLIT, steps * (member() + 1) / SPLIT};
+        whole += teams();
+        return p.tile < tiles;
     }
 };
 
@@ -129,17 +139,25 @@ __device__ __forceinline__ void wait_for(const u32 *flag) {
     while (!v);
 }
 
-// Sums of one warpgroup of a block, in the order of its registers.
-__device__ __forceinline__ float4 *sums_of(float4 *sums, int block, int group) {
-    return sums + (long long)(block * CONSUMERS + group) * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
+// Where a warpgroup of a block leaves its sums, in the order of its registers, and says so.
+__device__ __forceinline__ int place_of_sums(int block, int group) { return block * CONSUMERS + group; }
+
+__device__ __forceinline__ float4 *sums_at(float4 *sums, int place) {
+    return sums + (long long)place * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
+}
+
+// The threads of a warpgroup have stored its sums.
+__device__ __forceinline__ void leave_sums(u32 *flags, int group) {
+    group_barrier(group);
+    if (threadIdx.x % 128 == 0) raise(flags + place_of_sums(blockIdx.x, group));
 }
 
 // The 16 outputs of a warp for OUT_TOKENS tokens at a time: transposed in shared memory, written 16 bytes at a time.
-__device__ __forceinline__ void write_outputs(const Arguments &a, const float (&acc)[TOKENS / 2], int n, int first_token, u32 buffer) {
+__device__ __forceinline__ void write_outputs(const Arguments &a, const float *acc, int n, int first_token, u32 buffer) {
     const int lane = threadIdx.x % 32, quad = lane % 4;
     const Finish rows[2] = {finish_of(a, min(n + lane / 4, a.n - 1)), finish_of(a, min(n + lane / 4 + 8, a.n - 1))};
 #pragma unroll
-    for (int t = 0; t < TOKENS; t += OUT_TOKENS) {
+    for (int t = 0; t < FINISHED; t += OUT_TOKENS) {
         if (first_token + t >= a.m) break;
         // Two pairs of 8 x 8 matrices: rows 0..7 and 8..15 of eight tokens, then of the next eight.
 #pragma unroll
@@ -187,7 +205,7 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const float (&
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int units) {
+wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int cut) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) unsigned long long barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
@@ -206,7 +224,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
     }
     __syncthreads();
 
-    Work work(a, units);
+    Work work(a, cut);
     Piece piece;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, quad = lane % 4;
 
@@ -392,32 +410,71 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
             if constexpr (SUMS) add_part();
+            const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_TOKENS * OUT_STRIDE;
+            const int first_row = at.row + base_row - lane / 4;
+            if constexpr (SPLIT > 1) {
+                constexpr int QUARTETS = FINISHED / 8;
+                float own[ROW_TILES][FINISHED / 2];
+                float4 *to = sums_at(sums, place_of_sums(blockIdx.x, group));
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                    for (int e = 0; e < TOKENS / 8; e++) {
+                        if (e / QUARTETS != member()) to[(i * (TOKENS / 8) + e) * 128] = *(float4 *)&acc[i][4 * e];
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            float &v = own[i][e % QUARTETS * 4 + j];
+                            v = e < QUARTETS || e / QUARTETS == member() ? acc[i][4 * e + j] : v;
+                        }
+                    }
+                leave_sums(flags, group);
+                if (threadIdx.x % 128 < SPLIT) wait_for(flags + place_of_sums(team() * SPLIT + threadIdx.x % 128, group));
+                group_barrier(group);
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++) {
+                    float total[FINISHED / 2] = {};
+#pragma unroll
+                    for (int r = 0; r < SPLIT; r++) {
+                        const float4 *from = sums_at(sums, place_of_sums(team() * SPLIT + r, group)) + member() * QUARTETS * 128;
+                        keep(from);
+#pragma unroll
+                        for (int e = 0; e < QUARTETS; e++) {
+                            float4 v = *(float4 *)&own[i][4 * e];
+                            if (r != member()) v = __ldcg(from + (i * (TOKENS / 8) + e) * 128);
+                            total[4 * e] += v.x, total[4 * e + 1] += v.y, total[4 * e + 2] += v.z, total[4 * e + 3] += v.w;
+                        }
+                    }
+                    write_outputs(a, total, first_row + 64 * i, at.token + member() * FINISHED, buffer);
+                }
+                continue;
+            }
             if (end < work.steps) {
-                float4 *to = sums_of(sums, blockIdx.x, group);
+                float4 *to = sums_at(sums, place_of_sums(blockIdx.x, group));
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
                     for (int e = 0; e < TOKENS / 8; e++) to[(i * (TOKENS / 8) + e) * 128] = *(float4 *)&acc[i][4 * e];
-                __threadfence();
-                group_barrier(group);
-                if (threadIdx.x % 128 == 0) raise(flags + blockIdx.x * CONSUMERS + group);
+                leave_sums(flags, group);
                 continue;
             }
             if (begin > 0) {
-                // The blocks before have the other parts of this tile. Their sums are added in the order of these blocks;
-                // where they are few, those of several blocks are on their way together.
+                // The teams before have the other parts of this tile. Their sums are added in the order of these teams;
+                // where they are few, those of several are on their way together.
                 constexpr int TOGETHER = ROW_TILES * TOKENS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * TOKENS / 8;
-                int first = blockIdx.x - 1;
-                while (first > 0 && work.first(first) > piece.tile * units) first--;
-                for (int block = first + threadIdx.x % 128; block < blockIdx.x; block += 128) wait_for(flags + block * CONSUMERS + group);
+                int first = team() - 1;
+                while (first > 0 && work.first(first) > piece.tile * work.steps) first--;
+                for (int t = first + threadIdx.x % 128; t < team(); t += 128) wait_for(flags + place_of_sums(t, group));
                 group_barrier(group);
-                for (int block = blockIdx.x - 1; block >= first; block -= TOGETHER) {
+                for (int c = team() - 1; c >= first; c -= TOGETHER) {
                     float4 v[TOGETHER][QUARTETS];
 #pragma unroll
-                    for (int t = 0; t < TOGETHER; t++)
+                    for (int t = 0; t < TOGETHER; t++) {
+                        const bool valid = TOGETHER == 1 || c - t >= first;
+                        const float4 *from = sums_at(sums, place_of_sums(valid ? c - t : c, group));
+                        keep(from);
 #pragma unroll
-                        for (int e = 0; e < QUARTETS; e++)
-                            v[t][e] = block - t >= first ? __ldcg(sums_of(sums, block - t, group) + e * 128) : float4{0, 0, 0, 0};
+                        for (int e = 0; e < QUARTETS; e++) v[t][e] = valid ? __ldcg(from + e * 128) : float4{0, 0, 0, 0};
+                    }
 #pragma unroll
                     for (int t = 0; t < TOGETHER; t++)
 #pragma unroll
@@ -427,9 +484,8 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                         }
                 }
             }
-            const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_TOKENS * OUT_STRIDE;
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], at.row + base_row - lane / 4 + 64 * i, at.token, buffer);
+            for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], first_row + 64 * i, at.token, buffer);
         }
     }
 }

@@ -31,9 +31,10 @@ class Config:
     Attributes:
         tokens: columns of a tile, a multiple of 8 up to 256.
         row_tiles: tiles of 64 rows of W per warpgroup, 1 or 2.
-        cut: whether tiles are cut along K so that every block has the same share of the work.
+        cut: whether the last tiles are cut along K so that every block has the same share of the work.
         blocks: resident per multiprocessor, 1 or 2.
         warpgroups: that decode and multiply, 2 or 4.
+        split: blocks that share the K of a tile: 1, 2, 4 or 8.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Config:
     cut: bool = False
     blocks: int = 1
     warpgroups: int = 2
+    split: int = 1
 
     @property
     def rows(self) -> int:
@@ -53,7 +55,8 @@ class Config:
 
     def __str__(self) -> str:
         cut = " cut" if self.cut else ""
-        return f"{self.rows}x{self.tokens}{cut} warpgroups {self.warpgroups} blocks {self.blocks}"
+        split = f" split {self.split}" if self.split > 1 else ""
+        return f"{self.rows}x{self.tokens}{cut}{split} warpgroups {self.warpgroups} blocks {self.blocks}"
 
 
 #: For every number of tokens the same sums in the same order.
@@ -137,7 +140,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     found |= {
         "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
         "X_OCTETS": rings.x_octets, "CONSUMERS": c.warpgroups, "W_STAGES": rings.w,
-        "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer,
+        "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer, "SPLIT": c.split,
     }  # fmt: skip
     return tuple(sorted(found.items()))
 
@@ -146,22 +149,27 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
 def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
     sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
+    ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
     found = [
-        Config(t, row_tiles, cut, blocks)
-        for t, row_tiles, cut, blocks in product(sizes, (1, 2), (False, True), (1, 2))
-        if (blocks == 1 or t <= 32) and not isinstance(constants(fmt, Config(t, row_tiles, cut, blocks)), str)
-    ]
+        c for c in (Config(t, row_tiles, cut, blocks, split=split)
+                    for t, row_tiles, (cut, split), blocks in product(sizes, (1, 2), ways, (1, 2)))
+        if (c.blocks == 1 or c.tokens <= 32) and c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k
+        and not isinstance(constants(fmt, c), str)
+    ]  # fmt: skip
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
         multiply, decoding = c.rows * c.tokens / 16, 1200 if c.row_tiles == 2 else 800 if c.blocks == 1 else 600
         step = max(decoding, 1.1 * multiply + 0.4 * decoding) * c.blocks
-        waves = -(-n // c.rows) * -(-m // c.tokens) / (sms * c.blocks)
-        if not c.cut:
-            return math.ceil(waves) * k / 128 * step
-        # Sums go to memory and come back, one block after the other; and far from each other blocks share no cache.
-        share = 6000 + 2 * c.rows * c.tokens * 4 / 25 + 600 / waves
-        return waves * k / 128 * step * (1 if waves < 6 else 1.1) + share
+        waves = -(-n // c.rows) * -(-m // c.tokens) * c.split / (sms * c.blocks)
+        all_steps = k / 128 / c.split * step
+        if c.cut:
+            # Sums go to memory and come back, one block after the other; and blocks that are at different places of K
+            # share no cache, which matters where activations do not fit into it.
+            far = 1.15 if 2 * m * k > 40 << 20 else 1
+            return waves * all_steps * far + 6000 + 0.32 * c.rows * c.tokens + 600 / waves
+        exchange = 3000 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
+        return math.ceil(waves) * (all_steps + exchange)
 
     return min(found, key=cycles)
 
@@ -185,7 +193,7 @@ def why_not(problem: Problem) -> str | None:
         # for very many tokens one dequantization costs less than decoding for every tile.
         small = weights <= 1 << 26
         few = 32 if fmt.element.bits == 8 else 0
-        few = 64 if weights <= 1 << 24 else 32 if small else few
+        few = 64 if weights <= 1 << 24 else 32 if weights <= 1 << 25 else few
         if small_m.is_cheap(fmt) and problem.m <= few:
             return f"M = {problem.m} is at most {few}, where another kernel is faster for this format and size"
         most = 2048 if small else 4096
@@ -232,12 +240,16 @@ def launch(
     a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
     step = 4 * decode.chunk(fmt)
     steps, token_tiles = -(-k // step), -(-m // c.tokens)
+    if steps < c.split:
+        raise ValueError(f"K = {k} has {steps} steps of {step}, too few for {c.split} blocks to share")
     tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
-    blocks = min(tiles * units, multiprocessors(x.device) * c.blocks)
+    # A block that shares a tile along K has no other.
+    blocks = tiles * c.split if c.split > 1 else min(tiles * units, multiprocessors(x.device) * c.blocks)
     # Images of the activations, the sums of tiles that blocks share, and a flag for each of these.
     count = steps * step // 64
     images = 128 * token_tiles * count * c.tokens
-    sums, flags = (4 * blocks * c.rows * c.tokens, 4 * blocks * c.warpgroups) if c.cut else (0, 0)
+    exchange = c.cut or c.split > 1
+    sums, flags = (4 * blocks * c.rows * c.tokens, 4 * blocks * c.warpgroups) if exchange else (0, 0)
     work = torch.empty(images + sums + flags, dtype=torch.uint8, device=x.device)
     at = work.data_ptr()
     pointer, number = ctypes.c_void_p, ctypes.c_int
@@ -248,7 +260,7 @@ def launch(
         # A thread for every 16 bytes of the images, and for every flag, which it clears.
         pack(-(-max(images // 16, flags // 4) // 256), 256, *packing, early=torch.cuda.is_current_stream_capturing())
         a.x = at
-        shares = (pointer(at + images), pointer(at + images + sums), number(units))
+        shares = (pointer(at + images), pointer(at + images + sums), number(int(c.cut)))
         kernel(blocks, c.threads, a, *shares, early=True, shared=stages(fmt, c).shared)
     return y
 
