@@ -26,7 +26,10 @@ CONFIGS = [
     Config(32, cut=True, blocks=2), Config(64, 2), Config(64, cut=True), Config(128, cut=True), Config(128, 2),
     Config(128, 2, cut=True), Config(256), Config(256, cut=True), Config(16, cut=True, warpgroups=4),
     Config(16, blocks=2, split=2), Config(64, 2, split=4), Config(64, split=4), Config(128, split=4),
-    Config(256, split=2),
+    Config(256, split=2), Config(16, blocks=2, own_order=True), Config(32, cut=True, blocks=2, own_order=True),
+    Config(64, 2, own_order=True), Config(64, split=4, own_order=True), Config(128, own_order=True),
+    Config(128, 2, own_order=True), Config(256, cut=True, own_order=True), Config(128, split=4, own_order=True),
+    Config(256, split=2, own_order=True),
 ]  # fmt: skip
 
 
@@ -42,7 +45,11 @@ def test_matches_fp64(fmt: Format, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "mxfp8_e4m3", "int1:g128", "int3:g64", "codebook4v2:g64"])
+@pytest.mark.parametrize(
+    "spec",
+    ["int4:g128", "int8:row", "int8:g32:asym", "mxfp8_e4m3", "float8_e5m2:row", "mxfp4", "nf4:g64", "int1:g128",
+     "int3:g64", "codebook4v2:g64"],
+)  # fmt: skip
 def test_every_tile(config: Config, spec: str) -> None:
     fmt = next(f for f in FORMATS if f.spec == spec)
     if isinstance(wgmma.constants(fmt, config), str):

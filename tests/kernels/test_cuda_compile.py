@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip i
 HOPPER = (9, 0)
 # One instance for each kind of tile: two blocks per multiprocessor, two rows of tiles per warpgroup, most tokens.
 TILES = [Config(32, blocks=2), Config(64, split=4), Config(128, 2), Config(256)]
+
+
+def tiles(fmt: Format) -> list[Config]:
+    """Those that may be chosen: where activations can come in their own order, large tiles are never packed."""
+    if not decode.takes_own_order(fmt):
+        return TILES
+    return [c for c in TILES if c.tokens < 128] + [replace(c, own_order=True) for c in TILES]
 
 
 def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
@@ -95,7 +103,7 @@ def test_other_instances_for_few_tokens(spec: str, changes: dict[str, int]) -> N
 
 @each_format
 def test_matrix_units(fmt: Format) -> None:
-    for config in TILES:
+    for config in tiles(fmt):
         if isinstance(wgmma.constants(fmt, config), str):
             continue
         code = instructions(wgmma_code(fmt, config), "wgmma_kernel")
@@ -105,13 +113,15 @@ def test_matrix_units(fmt: Format) -> None:
         waits = [line for line in code if "WARPGROUP.DEPBAR" in line]
         assert sum("0x1" in line for line in waits) == len(products) // (2 * config.row_tiles)
         assert sum("0x0" in line for line in waits) <= 2
-        assert any("UBLKCP" in line for line in code)
+        assert any("UTMALDG.2D" in line if config.own_order else "UBLKCP" in line for line in code)
         assert_in_registers(code, "HGMMA")
 
 
 @pytest.mark.parametrize("spec", ["int4:g128", "int4:g32", "int8:row", "nf4:g64", "mxfp4"])
 def test_matrix_units_in_fp16(spec: str) -> None:
-    for config in (Config(64), Config(256)):
+    for config in (Config(64), Config(256), Config(128, split=4, own_order=True)):
+        if isinstance(wgmma.constants(parse_format(spec), config), str):
+            continue
         code = instructions(wgmma_code(parse_format(spec), config, torch.float16), "wgmma_kernel")
         assert all(".F32" in line and "BF16" not in line for line in code if "HGMMA" in line)
         assert_in_registers(code, "HGMMA")
@@ -133,7 +143,7 @@ def test_other_architectures(spec: str, arch: tuple[int, int]) -> None:
 
 @each_format
 def test_a_block_never_asks_for_more_than_there_is(fmt: Format) -> None:
-    for config in (*TILES, Config(16, 2, cut=True), Config(16, warpgroups=4)):
+    for config in (*tiles(fmt), Config(16, 2, cut=True), Config(16, warpgroups=4)):
         defines = wgmma.constants(fmt, config)
         if isinstance(defines, str):
             continue
@@ -324,8 +334,8 @@ def test_conditions(changes: dict[str, object], reason: str) -> None:
         ({"dtype": torch.float16, "act": "int8:row"}, "multiplied in bf16"),
         ({"k": 4096 + 16}, "no multiple of the 32 weights"),
         ({"act": "float8_e4m3:g128"}, "change along K"),
-        ({"m": 64}, "at most 64, where another kernel is faster"),
-        ({"m": 2049}, "above 2048, where dequantizing in chunks is faster"),
+        ({"m": 32, "format": "int8:row"}, "at most 32, where another kernel is faster"),
+        ({"m": 4097}, "above 4096, where dequantizing in chunks is faster"),
     ],
 )
 def test_conditions_for_matrix_units(changes: dict[str, object], reason: str) -> None:

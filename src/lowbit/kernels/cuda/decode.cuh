@@ -23,6 +23,7 @@
 #define E8M0 3
 #define INT8 4
 
+typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
@@ -363,6 +364,45 @@ __device__ __forceinline__ u32 decode_scaled(const Chunk &c, int o, int j, u32 b
         return fma2(integer_bits(c, o, j), place ? mul2(f.high, power(-place)) : f.high, f.low);
     }
     const u32 w = decode(c, o, j, base, table);
+    return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high);
+}
+
+// Activations in their own order: in a product of 16 weights of a row, lane q of a quad has weights 2q and 2q + 1 of both
+// eights. All four lanes read the same words, and a byte permutation takes out what is the lane's. For codes of 4 and 8
+// bits in one plane. `words` are those of the 16 weights, `j` is the eight.
+
+// What the permutation selects for this lane: its byte of a word of eight codes, or its two of two words, in both halves.
+__device__ __forceinline__ u32 selector() {
+    const u32 quad = threadIdx.x % 4;
+    if constexpr (BYTES) return 0x4440 | quad;
+    return BITS == 4 ? 0x1111 * quad : 2 * quad | (2 * quad + 1) << 8;
+}
+
+// The two codes in the halves of a word: of 4 bits, the upper one four bits higher. Other bits are dirty for floats.
+__device__ __forceinline__ u32 own_bits(const u32 *words, int j, u32 select) {
+    if constexpr (BITS == 8) {
+        const u32 bits = __byte_perm(words[2 * j], words[2 * j + 1], select);
+        return KIND != INT ? bits : ZERO ? bits & 0x00ff00ff : bits & 0x00ff00ff ^ 0x00800080;
+    }
+    const u32 bits = __byte_perm(words[j], 0, select);
+    if constexpr (KIND == INT) return bits & 0x00f0000f;
+    return BYTES ? bits : bits & 0xffff | bits >> 4 & 0xffff0000;
+}
+
+// 2^e as a pair of operands for these two: the place of the upper one is undone.
+__device__ __forceinline__ constexpr u32 power_own(int e) { return (EXCESS + e | EXCESS + e - (BITS == 4 ? 4 : 0) << 16) << FRACTION; }
+
+// `decode` and `decode_scaled` of these two.
+__device__ __forceinline__ u32 decode_own(const u32 *words, int j, u32 select, u32 base, u32 table) {
+    const u32 bits = own_bits(words, j, select);
+    if constexpr (BYTES) return look_up(table, bits << ENTRY_SHIFT);
+    if constexpr (KIND == FLOAT) return float_pair(bits);
+    return fma2(bits, power_own(EXCESS), base);
+}
+
+__device__ __forceinline__ u32 decode_own_scaled(const u32 *words, int j, u32 select, u32 base, u32 table, Factor f) {
+    if constexpr (FOLDED && KIND == INT) return fma2(own_bits(words, j, select), BITS == 4 ? mul2(f.high, power_own(0)) : f.high, f.low);
+    const u32 w = decode_own(words, j, select, base, table);
     return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high);
 }
 

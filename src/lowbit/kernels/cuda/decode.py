@@ -82,6 +82,18 @@ def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str
     return tuple(sorted(defines.items()))
 
 
+def takes_own_order(fmt: Format) -> bool:
+    """Whether the products of `decode.cuh` can meet activations in their own order: codes of 4 or 8 bits in one plane,
+    and groups of at least 32."""
+    group = fmt.plane("scale").k
+    return (
+        fmt.element.bits in (4, 8)
+        and len(fmt.element.code_planes) == 1
+        and fmt.element.vector == 1
+        and (group is None or group % 32 == 0)
+    )
+
+
 def defines_of(fmt: Format) -> Defines:
     """The constants of a format that has instances."""
     found = constants(fmt)

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,33 @@ def _launcher() -> Any:
     launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
     launch.argtypes, launch.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
     return launch
+
+
+class TensorMap(ctypes.Structure):
+    """`CUtensorMap` of the driver API, as a kernel takes it."""
+
+    _fields_ = (("words", ctypes.c_uint32 * 32),)
+
+
+@lru_cache(maxsize=4096)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int) -> TensorMap:
+    """How the copy engine reads boxes of `box_rows` x 64 from a dense matrix `(rows, columns)` of 2-byte elements.
+
+    Rows of a box have 128 bytes in shared memory, whose 16-byte pieces are swizzled; what lies outside the matrix is 0.
+    It holds no tensor: where memory is used again, the same address means the same map.
+    """
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    longs, ints = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+    memory = ctypes.create_string_buffer(128 + 64)
+    aligned = -(-ctypes.addressof(memory) // 64) * 64
+    two_bytes, no_interleave, swizzle_128, promote_256, zeros = 1, 0, 3, 3, 0
+    status = encode(
+        ctypes.c_void_p(aligned), two_bytes, 2, ctypes.c_void_p(address), longs(columns, rows), longs(2 * columns),
+        ints(64, box_rows), ints(1, 1), no_interleave, swizzle_128, promote_256, zeros,
+    )  # fmt: skip
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for {rows} x {columns} at {address:#x}")
+    return TensorMap.from_buffer_copy(ctypes.string_at(aligned, 128))
 
 
 def load(source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "") -> CudaKernel:

@@ -4,7 +4,9 @@
 // One producer warpgroup copies, CONSUMERS warpgroups decode and multiply; each of these owns 64 * ROW_TILES rows. As
 // in small_m.cu the order of K inside a product is free: a lane owns 16 consecutive bytes of its row (a chunk), so four
 // lanes own STEP consecutive weights. `pack_x` lays the activations out in that order, pair by pair, as images of shared
-// memory, and bulk copies bring them there; weights are neither packed nor shuffled and are read once.
+// memory, and bulk copies bring them there; weights are neither packed nor shuffled and are read once. Or, where OWN_ORDER,
+// activations come as they are, through a tensor map: decoding takes one instruction more per pair, and no kernel is
+// needed ahead.
 //
 // While the tensor cores multiply some steps of 16 weights, the next is decoded into other registers. Blocks stay for
 // the whole run: copies for the next tile are under way while a warp writes its outputs, and warpgroups drift apart, so
@@ -17,9 +19,9 @@
 // Where there are very few tiles, the SPLIT blocks of a team share each: every block has a part of K, leaves its sums for
 // the blocks that finish them, and finishes those of some tokens itself.
 //
-// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), SPLIT, X_OCTETS (per stage of
+// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), SPLIT, OWN_ORDER, X_OCTETS (per stage of
 // activations), X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)` for
-// TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images.
+// TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images, if there are any.
 
 #include "decode.cuh"
 
@@ -32,6 +34,8 @@ constexpr int BATCHES = 2 * OCTETS / BATCH;  // per step
 constexpr int X_STEPS = OCTETS / X_OCTETS;  // stages of activations per stage of weights
 constexpr int W_BYTES = ROWS * 4 * (16 + TWO + ONE);
 constexpr int FINISHED = TOKENS / SPLIT;  // tokens of a tile whose outputs a block finishes
+constexpr int PIECES = OWN_ORDER ? 4 / BATCHES : 2;  // of 16 bytes of a row, per batch
+constexpr int STEP_SCALES = OWN_ORDER && SCALE_MODE == PER_CHUNK && GROUP < STEP ? STEP / GROUP : SCALES;  // that a lane needs
 constexpr int W_THREADS = 64;  // of the producers, the others bring activations
 // Groups of whole steps multiply fp32 sums where these are few; else scales multiply the decoded pairs.
 constexpr bool SUMS = SCALE_MODE == PER_STEP;
@@ -46,6 +50,13 @@ __device__ __forceinline__ void copy_plane(u32 to, const u8 *from, const u32 (&r
         copy<BYTES>(to + (i * W_THREADS + threadIdx.x) * BYTES, from + (valid ? rows[i] : 0), valid);
 }
 
+// Sixteen bytes of every row are moved so that eight rows can be read at a time, where lanes share what they read.
+__device__ __forceinline__ int moved_piece(int row, int piece) { return OWN_ORDER ? piece ^ row / 2 % 4 : piece; }
+
+struct alignas(64) TensorMap {
+    u32 words[32];
+};
+
 // `chunk` counts the four chunks of every row of the stage.
 __device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, u32 chunk) {
     read_shared<16>(c.main, stage + chunk * 16);
@@ -56,11 +67,10 @@ __device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, u32 chunk) {
 // Images of the activations: for every tile of TOKENS tokens and every 64 weights of K the bytes that shared memory is to
 // hold. A row has 128 bytes in pieces of 16; piece c, which the swizzle moves to c ^ token % 8, holds for each of the four
 // lanes the pair c of the 16 weights which that lane owns there. One thread per piece.
-extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *images, int m, int k, int count, u32 *flags, int flag_count) {
+extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *images, int m, int k, int count) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const long long i = (long long)blockIdx.x * 256 + threadIdx.x;
-    if (i < flag_count) flags[i] = 0;
     const int place = i % 8, row = i / 8 % TOKENS, piece = place ^ row % 8;
     const int image = i / (8 * TOKENS) % count;
     const long long token = i / (8 * TOKENS) / count * TOKENS + row;
@@ -131,26 +141,26 @@ __device__ __forceinline__ void group_barrier(int group) {
     asm volatile("barrier.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
-__device__ __forceinline__ void raise(u32 *flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
-
-__device__ __forceinline__ void wait_for(const u32 *flag) {
-    u32 v;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-    while (!v);
+// Flags lie in memory that holds anything before; raised is one that equals this launch's number. Who waited lowers it:
+// a graph that is replayed finds the same memory and has the same number.
+__device__ __forceinline__ void raise(u64 *flag, u64 number) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(number) : "memory");
 }
 
-// Where a warpgroup of a block leaves its sums, in the order of its registers, and says so.
-__device__ __forceinline__ int place_of_sums(int block, int group) { return block * CONSUMERS + group; }
-
-__device__ __forceinline__ float4 *sums_at(float4 *sums, int place) {
-    return sums + (long long)place * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
+__device__ __forceinline__ void wait_for(u64 *flag, u64 number) {
+    u64 v;
+    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(flag) : "memory");
+    while (v != number);
+    *flag = 0;
 }
 
-// The threads of a warpgroup have stored its sums.
-__device__ __forceinline__ void leave_sums(u32 *flags, int group) {
-    group_barrier(group);
-    if (threadIdx.x % 128 == 0) raise(flags + place_of_sums(blockIdx.x, group));
+// Sums of a warpgroup of a block, in the order of its registers.
+__device__ __forceinline__ float4 *sums_at(float4 *sums, int block, int group) {
+    return sums + (long long)(block * CONSUMERS + group) * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
 }
+
+// The flag that says so to the member `to` of a team, or to whoever finishes a tile that is cut.
+__device__ __forceinline__ u64 *flag_at(u64 *flags, int block, int group, int to) { return flags + (block * CONSUMERS + group) * SPLIT + to; }
 
 // The 16 outputs of a warp for OUT_TOKENS tokens at a time: transposed in shared memory, written 16 bytes at a time.
 __device__ __forceinline__ void write_outputs(const Arguments &a, const float *acc, int n, int first_token, u32 buffer) {
@@ -205,7 +215,7 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const float *a
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int cut) {
+wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap map, float4 *sums, u64 *flags, u64 number, int cut) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) unsigned long long barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
@@ -235,7 +245,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
         if (threadIdx.x < W_THREADS) {
             // A thread copies the same chunk of ROWS * 4 / W_THREADS rows in every step.
             constexpr int COUNT = ROWS * 4 / W_THREADS;
-            const int chunk = threadIdx.x % 4;
+            const int chunk = threadIdx.x % 4, place = moved_piece(threadIdx.x / 4, chunk) - chunk;
             while (work.next(piece)) {
                 const int first_row = tile_at(a, piece.tile).row;
                 u32 rows[COUNT], rows2[COUNT], rows1[COUNT];
@@ -251,7 +261,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                 const u8 *codes1 = a.codes1 + (long long)first_row * a.stride1 + piece.begin * 4 * ONE + chunk * ONE;
                 for (int step = piece.begin; step < piece.end; step++) {
                     wait_barrier(w_empty + 8 * slot, phase);
-                    const u32 to = w_ring + slot * W_BYTES;
+                    const u32 to = w_ring + slot * W_BYTES + place * 16;
                     const bool valid = step * STEP + chunk * CHUNK < a.k;
                     copy_plane<16>(to, valid ? codes : a.codes, rows, valid);
                     if constexpr (HAS_2) copy_plane<TWO>(to + ROWS * 64, valid ? codes2 : a.codes2, rows2, valid);
@@ -263,20 +273,26 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
             }
             asm volatile("cp.async.wait_all;" ::: "memory");
         } else if (threadIdx.x == W_THREADS) {
-            // The images are the work of the kernel before.
+            // What is multiplied is the work of the kernel before.
             asm volatile("griddepcontrol.wait;" ::: "memory");
             while (work.next(piece)) {
-                const long long step = (long long)(tile_at(a, piece.tile).token / TOKENS) * work.steps + piece.begin;
-                const u8 *images = (const u8 *)a.x + step * IMAGES * IMAGE_BYTES;
-                for (int stage = (piece.end - piece.begin) * X_STEPS; stage > 0; stage--) {
+                const int token = tile_at(a, piece.tile).token;
+                const u8 *images = (const u8 *)a.x + ((long long)token / TOKENS * work.steps + piece.begin) * IMAGES * IMAGE_BYTES;
+                for (int stage = piece.begin * X_STEPS; stage < piece.end * X_STEPS; stage++) {
                     wait_barrier(empty + 8 * slot, phase);
-                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * slot), "n"(X_BYTES)
-                                 : "memory");
-                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                                     x_ring + slot * X_BYTES),
-                                 "l"(images), "n"(X_BYTES), "r"(full + 8 * slot)
-                                 : "memory");
-                    images += X_BYTES;
+                    const u32 to = x_ring + slot * X_BYTES, bar = full + 8 * slot;
+                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "n"(X_BYTES) : "memory");
+                    if constexpr (OWN_ORDER) {
+#pragma unroll
+                        for (int i = 0; i < X_OCTETS / 2; i++)
+                            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                                         "[%0], [%1, {%2, %3}], [%4];" ::"r"(to + i * IMAGE_BYTES), "l"(&map),
+                                         "r"((stage * (X_OCTETS / 2) + i) * 64), "r"(token), "r"(bar) : "memory");
+                    } else {
+                        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                                     "l"(images), "n"(X_BYTES), "r"(bar) : "memory");
+                        images += X_BYTES;
+                    }
                     if (++slot == X_STAGES) slot = 0, phase ^= 1;
                 }
             }
@@ -284,11 +300,13 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
         const int group = threadIdx.x / 128 - 1, base_row = group * 64 * ROW_TILES + warp * 16 + lane / 4;
-        u32 own_chunk = base_row * 4 + quad;
+        u32 own_chunk = base_row * 4 + (OWN_ORDER ? 0 : quad);
         keep(own_chunk);
+        const int moved = moved_piece(lane / 4, 0);
+        const u32 select = selector();
         int slot = 0, w_slot = 0;
         u32 phase = 0, w_phase = 0;
-        // What blocks tell each other lies where the kernel before put zeros.
+        // Where blocks leave sums and flags, the kernel before may still have something else.
         asm volatile("griddepcontrol.wait;" ::: "memory");
         while (work.next(piece)) {
             const int begin = piece.begin, end = piece.end;
@@ -304,8 +322,8 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
 #pragma unroll
                     for (int e = 0; e < TOKENS / 2; e++) acc[i][e] += part[i][e] * part_scale[i][e / 2 % 2];
             };
-            RawScale raw[ROW_TILES][2][SCALES];
-            u32 zero[ROW_TILES][2][SCALES];
+            RawScale raw[ROW_TILES][2][STEP_SCALES];
+            u32 zero[ROW_TILES][2][STEP_SCALES], words[ROW_TILES][2][4 * PIECES];
             ScaleRow scale_rows[ROW_TILES][2];
             Chunk chunks[ROW_TILES][2];
 #pragma unroll
@@ -314,8 +332,8 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                 for (int h = 0; h < 2; h++) scale_rows[i][h] = scale_row(a, min(at.row + base_row + 64 * i + 8 * h, a.n - 1));
             auto load_scales = [&](int step) {
 #pragma unroll
-                for (int s = 0; s < SCALES; s++) {
-                    const int k = step * STEP + (SUMS ? 0 : quad * CHUNK + s * (CHUNK / SCALES));
+                for (int s = 0; s < STEP_SCALES; s++) {
+                    const int k = step * STEP + (SUMS ? 0 : OWN_ORDER ? s * GROUP : quad * CHUNK + s * (CHUNK / SCALES));
                     const int column = SCALE_MODE == PER_ROW ? 0 : min(k / GROUP, a.scale_columns - 1);
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; i++)
@@ -326,21 +344,30 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                         }
                 }
             };
-            auto read_weights = [&]() {
-                wait_barrier(w_full + 8 * w_slot, w_phase);
+            // The chunks of a stage at once, or the words of one batch.
+            auto read_weights = [&](int batch) {
+                if (batch == 0) wait_barrier(w_full + 8 * w_slot, w_phase);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) read_chunk(chunks[i][h], w_ring + w_slot * W_BYTES, own_chunk + 256 * i + 32 * h);
+                    for (int h = 0; h < 2; h++) {
+                        const u32 stage = w_ring + w_slot * W_BYTES, chunk = own_chunk + 256 * i + 32 * h;
+                        if constexpr (!OWN_ORDER) read_chunk(chunks[i][h], stage, chunk);
+                        else
+#pragma unroll
+                            for (int p = 0; p < PIECES; p++)
+                                read_shared<16>(*(u32(*)[4])&words[i][h][4 * p], stage + (chunk + (batch * PIECES + p ^ moved)) * 16);
+                    }
+                if (OWN_ORDER && batch < BATCHES - 1) return;
                 __syncwarp();
                 if (lane == 0) arrive_barrier(w_empty + 8 * w_slot);
                 if (++w_slot == W_STAGES) w_slot = 0, w_phase ^= 1;
             };
             load_scales(begin);
-            read_weights();
+            read_weights(0);
             for (int step = begin; step < end; step++) {
-                Factor factor[ROW_TILES][2][SCALES];
-                u32 base[ROW_TILES][2][SCALES], frag[2][BATCH][ROW_TILES][4];
+                Factor factor[ROW_TILES][2][STEP_SCALES];
+                u32 base[ROW_TILES][2][STEP_SCALES], frag[2][BATCH][ROW_TILES][4];
                 float sum_scale[ROW_TILES][2];
                 u32 images;
 #pragma unroll
@@ -348,7 +375,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
 #pragma unroll
-                        for (int s = 0; s < SCALES; s++) {
+                        for (int s = 0; s < STEP_SCALES; s++) {
                             if constexpr (SCALE_MODE == PER_CHUNK) factor[i][h][s] = factor_of(scale_value(a, raw[i][h][s]));
                             base[i][h][s] = base_value(zero[i][h][s]);
                         }
@@ -366,12 +393,15 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                             for (int h = 0; h < 2; h++)
 #pragma unroll
                                 for (int j = 0; j < 2; j++) {
-                                    const int o = (batch * BATCH + b) / 2, of = o * SCALES / OCTETS;
+                                    const int o = (batch * BATCH + b) / 2, of = o * STEP_SCALES / OCTETS, pair = 2 * (b % 2) + j;
+                                    const u32 zero_of = base[i][h][of], *eights = &words[i][h][b * BITS / 2];
                                     u32 &w = frag[batch % 2][b][i][2 * j + h];
-                                    const int pair = 2 * (b % 2) + j;
                                     if constexpr (SCALE_MODE == PER_CHUNK)
-                                        w = decode_scaled(chunks[i][h], o, pair, base[i][h][of], table, factor[i][h][of]);
-                                    else w = decode(chunks[i][h], o, pair, base[i][h][of], table);
+                                        w = OWN_ORDER ? decode_own_scaled(eights, j, select, zero_of, table, factor[i][h][of])
+                                                      : decode_scaled(chunks[i][h], o, pair, zero_of, table, factor[i][h][of]);
+                                    else
+                                        w = OWN_ORDER ? decode_own(eights, j, select, zero_of, table)
+                                                      : decode(chunks[i][h], o, pair, zero_of, table);
                                 }
                     const int place = batch * BATCH % (2 * X_OCTETS);  // in the stage of activations
                     if (place == 0) {
@@ -395,6 +425,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                         }
                     }
                     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    if (OWN_ORDER && batch + 1 < BATCHES) read_weights(batch + 1);
                     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                     // The batch before is done; with it, at the start of a stage, the stage before.
                     if (place == 0 && (batch > 0 || step > begin)) {
@@ -402,7 +433,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                     }
                     if (place == 2 * X_OCTETS - BATCH && ++slot == X_STAGES) slot = 0, phase ^= 1;
                 }
-                if (step + 1 < end) read_weights();  // while the last products are under way
+                if (step + 1 < end) read_weights(0);  // while the last products are under way
                 if constexpr (SUMS)
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; i++) part_scale[i][0] = sum_scale[i][0], part_scale[i][1] = sum_scale[i][1];
@@ -415,7 +446,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
             if constexpr (SPLIT > 1) {
                 constexpr int QUARTETS = FINISHED / 8;
                 float own[ROW_TILES][FINISHED / 2];
-                float4 *to = sums_at(sums, place_of_sums(blockIdx.x, group));
+                float4 *to = sums_at(sums, blockIdx.x, group);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
@@ -427,15 +458,19 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                             v = e < QUARTETS || e / QUARTETS == member() ? acc[i][4 * e + j] : v;
                         }
                     }
-                leave_sums(flags, group);
-                if (threadIdx.x % 128 < SPLIT) wait_for(flags + place_of_sums(team() * SPLIT + threadIdx.x % 128, group));
+                group_barrier(group);
+                const int other = threadIdx.x % 128;
+                if (other < SPLIT && other != member()) {
+                    raise(flag_at(flags, blockIdx.x, group, other), number);
+                    wait_for(flag_at(flags, team() * SPLIT + other, group, member()), number);
+                }
                 group_barrier(group);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {
                     float total[FINISHED / 2] = {};
 #pragma unroll
                     for (int r = 0; r < SPLIT; r++) {
-                        const float4 *from = sums_at(sums, place_of_sums(team() * SPLIT + r, group)) + member() * QUARTETS * 128;
+                        const float4 *from = sums_at(sums, team() * SPLIT + r, group) + member() * QUARTETS * 128;
                         keep(from);
 #pragma unroll
                         for (int e = 0; e < QUARTETS; e++) {
@@ -449,12 +484,13 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                 continue;
             }
             if (end < work.steps) {
-                float4 *to = sums_at(sums, place_of_sums(blockIdx.x, group));
+                float4 *to = sums_at(sums, blockIdx.x, group);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
                     for (int e = 0; e < TOKENS / 8; e++) to[(i * (TOKENS / 8) + e) * 128] = *(float4 *)&acc[i][4 * e];
-                leave_sums(flags, group);
+                group_barrier(group);
+                if (threadIdx.x % 128 == 0) raise(flag_at(flags, blockIdx.x, group, 0), number);
                 continue;
             }
             if (begin > 0) {
@@ -463,14 +499,14 @@ wgmma_kernel(const __grid_constant__ Arguments a, float4 *sums, u32 *flags, int 
                 constexpr int TOGETHER = ROW_TILES * TOKENS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * TOKENS / 8;
                 int first = team() - 1;
                 while (first > 0 && work.first(first) > piece.tile * work.steps) first--;
-                for (int t = first + threadIdx.x % 128; t < team(); t += 128) wait_for(flags + place_of_sums(t, group));
+                for (int t = first + threadIdx.x % 128; t < team(); t += 128) wait_for(flag_at(flags, t, group, 0), number);
                 group_barrier(group);
                 for (int c = team() - 1; c >= first; c -= TOGETHER) {
                     float4 v[TOGETHER][QUARTETS];
 #pragma unroll
                     for (int t = 0; t < TOGETHER; t++) {
                         const bool valid = TOGETHER == 1 || c - t >= first;
-                        const float4 *from = sums_at(sums, place_of_sums(valid ? c - t : c, group));
+                        const float4 *from = sums_at(sums, valid ? c - t : c, group);
                         keep(from);
 #pragma unroll
                         for (int e = 0; e < QUARTETS; e++) v[t][e] = valid ? __ldcg(from + e * 128) : float4{0, 0, 0, 0};

@@ -4,9 +4,11 @@ registers, read from the canonical planes."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -35,6 +37,7 @@ class Config:
         blocks: resident per multiprocessor, 1 or 2.
         warpgroups: that decode and multiply, 2 or 4.
         split: blocks that share the K of a tile: 1, 2, 4 or 8.
+        own_order: activations are multiplied as they are, else a kernel ahead lays them out.
     """
 
     tokens: int
@@ -43,6 +46,7 @@ class Config:
     blocks: int = 1
     warpgroups: int = 2
     split: int = 1
+    own_order: bool = False
 
     @property
     def rows(self) -> int:
@@ -56,7 +60,8 @@ class Config:
     def __str__(self) -> str:
         cut = " cut" if self.cut else ""
         split = f" split {self.split}" if self.split > 1 else ""
-        return f"{self.rows}x{self.tokens}{cut}{split} warpgroups {self.warpgroups} blocks {self.blocks}"
+        packed = "" if self.own_order else " packed"
+        return f"{self.rows}x{self.tokens}{cut}{split}{packed} warpgroups {self.warpgroups} blocks {self.blocks}"
 
 
 #: For every number of tokens the same sums in the same order.
@@ -120,6 +125,8 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     defines = decode.constants(fmt, (16,))
     if isinstance(defines, str):
         return defines
+    if c.own_order and not decode.takes_own_order(fmt):
+        return "its codes need activations laid out for them"
     rings = stages(fmt, c)
     found = dict(defines)
     # Registers per thread of the two kinds of warpgroup. They share what the block starts with, whole eights per
@@ -128,8 +135,10 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     producer = 56 if c.warpgroups == 2 else 40
     consumer = min(240, (pool - producer) // c.warpgroups // 8 * 8)
     # What the products need beside their sums, as the compiler's reports say.
-    sums, scales = c.row_tiles * c.tokens // 2, max(1, decode.chunk(fmt) // found["GROUP"])
+    sums = c.row_tiles * c.tokens // 2
+    scales = max(1, decode.chunk(fmt) * (2 if c.own_order else 1) // found["GROUP"])
     rest = 40 * c.row_tiles + 16 * (scales if found["SCALE_MODE"] == decode.PER_CHUNK else 1)
+    rest += 4 * c.row_tiles * (c.own_order and found["BITS"] == 8 and found["SCALE_MODE"] != decode.PER_ROW)
     rest += 16 * c.row_tiles * (decode.chunk(fmt) // 128)  # words of many codes, shifted once for all of them
     rest += 8 * c.row_tiles * (len(fmt.element.code_planes) - 1)
     rest += 8 * c.row_tiles * (found["ZERO"] + (found["OUTER_K"] > 0) + (found["SCALE_N"] > 1))
@@ -140,7 +149,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     found |= {
         "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
         "X_OCTETS": rings.x_octets, "CONSUMERS": c.warpgroups, "W_STAGES": rings.w,
-        "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer, "SPLIT": c.split,
+        "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer, "SPLIT": c.split, "OWN_ORDER": int(c.own_order),
     }  # fmt: skip
     return tuple(sorted(found.items()))
 
@@ -149,34 +158,40 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
 def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
     sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
+    shapes = product(sizes, (1, 2), (1, 2))
     ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
+    tiles = [Config(t, rt, cut, b, split=s) for (t, rt, b), (cut, s) in product(shapes, ways) if b == 1 or t <= 32]
+    if decode.takes_own_order(fmt):
+        own = [replace(c, own_order=True) for c in tiles]
+        # Where tiles are large, nothing is gained by decoding less.
+        tiles = own + [c for c in tiles if c.tokens < 128]
     found = [
-        c for c in (Config(t, row_tiles, cut, blocks, split=split)
-                    for t, row_tiles, (cut, split), blocks in product(sizes, (1, 2), ways, (1, 2)))
-        if (c.blocks == 1 or c.tokens <= 32) and c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k
-        and not isinstance(constants(fmt, c), str)
+        c for c in tiles
+        if c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k and not isinstance(constants(fmt, c), str)
     ]  # fmt: skip
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
-        multiply, decoding = c.rows * c.tokens / 16, 1200 if c.row_tiles == 2 else 800 if c.blocks == 1 else 600
-        step = max(decoding, 1.1 * multiply + 0.4 * decoding) * c.blocks
+        multiply, decoding = c.rows * c.tokens / 16, 1100 if c.row_tiles == 2 else 800 if c.blocks == 1 else 600
+        decoding = 1.12 * decoding if c.own_order else decoding
+        step = max(decoding, 1.45 * multiply + 0.4 * decoding) * c.blocks
         waves = -(-n // c.rows) * -(-m // c.tokens) * c.split / (sms * c.blocks)
         all_steps = k / 128 / c.split * step
+        ahead = 0 if c.own_order else 2800 + 0.0023 * m * k
         if c.cut:
             # Sums go to memory and come back, one block after the other; and blocks that are at different places of K
-            # share no cache, which matters where activations do not fit into it.
-            far = 1.15 if 2 * m * k > 40 << 20 else 1
-            return waves * all_steps * far + 6000 + 0.32 * c.rows * c.tokens + 600 / waves
-        exchange = 3000 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
-        return math.ceil(waves) * (all_steps + exchange)
+            # share no cache, which matters where activations do not fit into it, and more often in many waves.
+            far = 1.1 if 2 * m * k > 40 << 20 else 1.04 if waves > 6 else 1
+            return ahead + waves * all_steps * far + 7200 + 0.32 * c.rows * c.tokens + 600 / waves
+        exchange = 2400 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
+        return ahead + math.ceil(waves) * (all_steps + exchange)
 
     return min(found, key=cycles)
 
 
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels."""
-    fmt, act, weights = problem.weight, problem.activation, problem.n * problem.k
+    fmt, act = problem.weight, problem.activation
     if (reason := decode.why_not_dtype(problem)) is not None:
         return reason
     if problem.arch is not None and problem.arch != (9, 0):
@@ -189,16 +204,12 @@ def why_not(problem: Problem) -> str | None:
     if isinstance(found, str):
         return found
     if not is_batch_invariant():
-        # What was measured on an H100 (docs/measured.md): small layers are over before tiles of many tokens pay, and
-        # for very many tokens one dequantization costs less than decoding for every tile.
-        small = weights <= 1 << 26
-        few = 32 if fmt.element.bits == 8 else 0
-        few = 64 if weights <= 1 << 24 else 32 if weights <= 1 << 25 else few
-        if small_m.is_cheap(fmt) and problem.m <= few:
-            return f"M = {problem.m} is at most {few}, where another kernel is faster for this format and size"
-        most = 2048 if small else 4096
-        if problem.m > most:
-            return f"M = {problem.m} is above {most}, where dequantizing in chunks is faster"
+        # What was measured on an H100 (docs/measured.md): codes of 8 bits need little decoding, and for very many
+        # tokens one dequantization costs less than decoding for every tile.
+        if small_m.is_cheap(fmt) and fmt.element.bits == 8 and problem.m <= 32:
+            return f"M = {problem.m} is at most 32, where another kernel is faster for this format"
+        if problem.m > 4096:
+            return f"M = {problem.m} is above 4096, where dequantizing in chunks is faster"
     return loader.missing()
 
 
@@ -236,7 +247,6 @@ def launch(
     if config is None:
         config = INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, multiprocessors(x.device))
     c = config
-    pack, kernel = _kernels(fmt, c, x.device.index, x.dtype)
     a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
     step = 4 * decode.chunk(fmt)
     steps, token_tiles = -(-k // step), -(-m // c.tokens)
@@ -245,24 +255,33 @@ def launch(
     tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
     # A block that shares a tile along K has no other.
     blocks = tiles * c.split if c.split > 1 else min(tiles * units, multiprocessors(x.device) * c.blocks)
-    # Images of the activations, the sums of tiles that blocks share, and a flag for each of these.
-    count = steps * step // 64
-    images = 128 * token_tiles * count * c.tokens
+    # Images of the activations, the sums of tiles that blocks share, and flags that tell of these.
+    images = 0 if c.own_order else 2 * token_tiles * c.tokens * steps * step
     exchange = c.cut or c.split > 1
-    sums, flags = (4 * blocks * c.rows * c.tokens, 4 * blocks * c.warpgroups) if exchange else (0, 0)
+    sums, flags = (4 * blocks * c.rows * c.tokens, 8 * blocks * c.warpgroups * c.split) if exchange else (0, 0)
     work = torch.empty(images + sums + flags, dtype=torch.uint8, device=x.device)
     at = work.data_ptr()
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    packing = (
-        pointer(a.x), pointer(at), number(m), number(k), number(count), pointer(at + images + sums), number(flags // 4)
-    )  # fmt: skip
+    capturing = torch.cuda.is_current_stream_capturing()
+    pack, kernel = _kernels(fmt, c, x.device.index, x.dtype)
     with on_device(x):
-        # A thread for every 16 bytes of the images, and for every flag, which it clears.
-        pack(-(-max(images // 16, flags // 4) // 256), 256, *packing, early=torch.cuda.is_current_stream_capturing())
-        a.x = at
-        shares = (pointer(at + images), pointer(at + images + sums), number(int(c.cut)))
-        kernel(blocks, c.threads, a, *shares, early=True, shared=stages(fmt, c).shared)
+        if c.own_order:
+            tensor_map = loader.tensor_map(a.x, m, k, c.tokens)
+        else:
+            tensor_map = loader.TensorMap()
+            # A thread for every 16 bytes of the images.
+            packing = pointer(a.x), pointer(at), number(m), number(k), number(steps * step // 64)
+            pack(-(-images // 4096), 256, *packing, early=capturing)
+            a.x = at
+        shares = pointer(at + images), pointer(at + images + sums), ctypes.c_uint64(next(_launches)), number(int(c.cut))
+        # Weights are read before the kernel ahead has ended. Outside of graphs, that kernel is ours or none.
+        early = capturing or not c.own_order
+        kernel(blocks, c.threads, a, tensor_map, *shares, early=early, shared=stages(fmt, c).shared)
     return y
+
+
+# Numbers that memory holds by chance as good as never.
+_launches = itertools.count(secrets.randbits(62) + 1)
 
 
 @cache
