@@ -172,8 +172,8 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
-        multiply, decoding = c.rows * c.tokens / 16, 1100 if c.row_tiles == 2 else 800 if c.blocks == 1 else 600
-        decoding = 1.12 * decoding if c.own_order else decoding
+        multiply, decoding = c.rows * c.tokens / 16, 1100.0 if c.row_tiles == 2 else 800.0 if c.blocks == 1 else 600.0
+        decoding *= 1.12 if c.own_order else 1
         step = max(decoding, 1.45 * multiply + 0.4 * decoding) * c.blocks
         waves = -(-n // c.rows) * -(-m // c.tokens) * c.split / (sms * c.blocks)
         all_steps = k / 128 / c.split * step
