@@ -19,6 +19,7 @@ import torch
 from cases import each_format
 
 import lowbit
+from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format, registered
 from lowbit.kernels.cuda import decode, dequant, loader, small_m, wgmma
 from lowbit.kernels.cuda.wgmma import Config
@@ -173,6 +174,16 @@ def test_tiles_are_cut_where_they_do_not_fill_the_blocks() -> None:
     assert not wgmma.config_for(fmt, 4096, 132 * 128, 4096, 132).cut
     assert wgmma.config_for(fmt, 20, 4096, 4096, 132).tokens == 32
     assert wgmma.config_for(fmt, 4096, 28672, 4096, 132).tokens == 256
+
+
+@each_format
+def test_the_smallest_layer_has_an_instance_and_needs_no_copy(fmt: Format) -> None:
+    """Rows of one chunk: those of the narrower planes are 4 or 8 bytes apart."""
+    k = decode.chunk(fmt)
+    w = QuantizedTensor.from_float(torch.randn(5, k), fmt)
+    assert decode._of_weight(fmt, decode._layout(w.planes)) is not None
+    for m in (1, 16, 100, 1000):
+        assert wgmma.config_for(fmt, m, 5, k, 132).split == 1
 
 
 # The cache ---------------------------------------------------------------------------------------

@@ -142,13 +142,12 @@ def arguments(
     x: Tensor, y: Tensor, planes: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, row_scale: Tensor | None
 ) -> tuple[_Arguments, list[Tensor]]:
     """`struct Arguments` for `x (M, K)` and `y (M, N)`, and the tensors that must live until the launch."""
-    x = x if _fits(x) else x.clone(memory_format=torch.contiguous_format)
+    x = _aligned(x, 16)
     keep = [x]
     weight = _of_weight(fmt, _layout(planes))
     if weight is None:
-        rows = {name for name, _, _ in fmt.element.code_planes}
-        copies = {n: t if _fits(t, n in rows) else t.clone(memory_format=torch.contiguous_format)
-                  for n, t in planes.items()}  # fmt: skip
+        apart = _bytes_at_once(fmt)
+        copies = {name: _aligned(t, apart.get(name)) for name, t in planes.items()}
         keep += copies.values()
         weight = _of_weight(fmt, _layout(copies))
         assert weight is not None
@@ -180,9 +179,9 @@ def _of_weight(fmt: Format, layout: Layout) -> _Arguments | None:
     memory is used again, the same addresses mean the same arguments.
     """
     at = {name: (address, shape, strides) for name, address, shape, strides, _ in layout}
-    rows = {name for name, _, _ in fmt.element.code_planes}
+    apart = _bytes_at_once(fmt)
     for name, address, shape, strides, size in layout:
-        if not _lies_well(address, shape, strides, size, name in rows):
+        if not _lies_well(address, shape, strides, size, apart.get(name)):
             return None
     a = _Arguments()
     for i, (name, width, _) in enumerate(fmt.element.code_planes):
@@ -197,15 +196,25 @@ def _of_weight(fmt: Format, layout: Layout) -> _Arguments | None:
     return a
 
 
-def _lies_well(address: int, shape: torch.Size, strides: tuple[int, ...], size: int, rows_apart: bool) -> bool:
-    """16-byte loads need 16-byte addresses and, where `rows_apart`, rows at multiples of 16 bytes; else no gaps."""
-    if rows_apart:
-        return address % 16 == 0 and strides[-1] == 1 and strides[0] * size % 16 == 0
+@cache
+def _bytes_at_once(fmt: Format) -> dict[str, int]:
+    """Bytes of a row that are copied at once from each plane of codes: 16 of the widest, and what goes with them."""
+    planes = fmt.element.code_planes
+    widest = max(width for _, width, _ in planes)
+    return {name: 16 * width // widest for name, width, _ in planes}
+
+
+def _lies_well(address: int, shape: torch.Size, strides: tuple[int, ...], size: int, at_once: int | None) -> bool:
+    """Whether loads find aligned addresses: rows `at_once` bytes at a time may lie apart, else there are no gaps."""
+    if at_once is not None:
+        return address % 16 == 0 and strides[-1] == 1 and strides[0] * size % at_once == 0
     dense, step = True, 1
     for length, stride in zip(reversed(shape), reversed(strides)):
         dense, step = dense and (length == 1 or stride == step), step * length
     return address % 16 == 0 and dense
 
 
-def _fits(t: Tensor, rows_apart: bool = True) -> bool:
-    return _lies_well(t.data_ptr(), t.shape, t.stride(), t.element_size(), rows_apart)
+def _aligned(t: Tensor, at_once: int | None) -> Tensor:
+    """`t`, or a copy that lies well."""
+    lies_well = _lies_well(t.data_ptr(), t.shape, t.stride(), t.element_size(), at_once)
+    return t if lies_well else t.clone(memory_format=torch.contiguous_format)

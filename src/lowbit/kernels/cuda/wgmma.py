@@ -167,7 +167,8 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
         tiles = own + [c for c in tiles if c.tokens < 128]
     found = [
         c for c in tiles
-        if c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k and not isinstance(constants(fmt, c), str)
+        if (c.split == 1 or (c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k))
+        and not isinstance(constants(fmt, c), str)
     ]  # fmt: skip
 
     def cycles(c: Config) -> float:
