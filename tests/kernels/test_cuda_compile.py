@@ -33,10 +33,12 @@ TILES = [Config(32, blocks=2), Config(64, split=4), Config(128, 2), Config(256)]
 
 
 def tiles(fmt: Format) -> list[Config]:
-    """Those that may be chosen: where activations can come in their own order, large tiles are never packed."""
-    if not decode.takes_own_order(fmt):
+    """Those that may be chosen: where decoding in their own order costs little, activations of many tokens have it."""
+    cost = decode.own_order_cost(fmt)
+    if cost is None:
         return TILES
-    return [c for c in TILES if c.tokens < 128] + [replace(c, own_order=True) for c in TILES]
+    own = [replace(c, own_order=True) for c in TILES]
+    return [*TILES[:2], *own] if cost < 1.2 else [*TILES, own[0], own[3]]
 
 
 def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:

@@ -8,7 +8,7 @@ import itertools
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -125,7 +125,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     defines = decode.constants(fmt, (16,))
     if isinstance(defines, str):
         return defines
-    if c.own_order and not decode.takes_own_order(fmt):
+    if c.own_order and decode.own_order_cost(fmt) is None:
         return "its codes need activations laid out for them"
     rings = stages(fmt, c)
     found = dict(defines)
@@ -160,11 +160,12 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
     shapes = product(sizes, (1, 2), (1, 2))
     ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
-    tiles = [Config(t, rt, cut, b, split=s) for (t, rt, b), (cut, s) in product(shapes, ways) if b == 1 or t <= 32]
-    if decode.takes_own_order(fmt):
-        own = [replace(c, own_order=True) for c in tiles]
-        # Where tiles are large, nothing is gained by decoding less.
-        tiles = own + [c for c in tiles if c.tokens < 128]
+    own_order_cost = decode.own_order_cost(fmt)
+    tiles = [
+        Config(t, row_tiles, cut, blocks, split=split, own_order=own)
+        for (t, row_tiles, blocks), (cut, split), own in product(shapes, ways, (True, False))
+        if (blocks == 1 or t <= 32) and (own_order_cost is not None or not own)
+    ]  # fmt: skip
     found = [
         c for c in tiles
         if (c.split == 1 or (c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k))
@@ -173,9 +174,9 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
-        multiply, decoding = c.rows * c.tokens / 16, 1100.0 if c.row_tiles == 2 else 800.0 if c.blocks == 1 else 600.0
-        decoding *= 1.12 if c.own_order else 1
-        step = max(decoding, 1.45 * multiply + 0.4 * decoding) * c.blocks
+        multiply, decoding = c.rows * c.tokens / 16, 1200.0 if c.row_tiles == 2 else 800.0 if c.blocks == 1 else 600.0
+        decoding *= (own_order_cost or 1) if c.own_order else 1
+        step = max(decoding, 1.4 * multiply + 0.4 * decoding) * c.blocks
         waves = -(-n // c.rows) * -(-m // c.tokens) * c.split / (sms * c.blocks)
         all_steps = k / 128 / c.split * step
         ahead = 0 if c.own_order else 2800 + 0.0023 * m * k
