@@ -28,6 +28,7 @@ from faults.subjects import same_state
 from lowbit import quantize_
 from lowbit.report import LayerReport
 
+SMALL = replace(CONFIG, num_layers=3, hidden_size=32, intermediate_size=32, num_heads=4)
 ALGORITHMS = ("gptq", "awq+align", "rotation+smoothquant")
 #: What writes and reads a journal: few of the lines that run, and those where a kill could do harm.
 JOURNAL = ("journal.py", "resume.py", "checkpoints/files.py")
@@ -47,7 +48,7 @@ class Result(NamedTuple):
 
 
 def quantize(directory: Path, algorithm: str) -> Result:
-    model = tiny_llama(replace(CONFIG, num_layers=3))
+    model = tiny_llama(SMALL)
     rules = {"_default": "int4wo-16", "re:.*down_proj": "int8dq", "lm_head": "int8wo"}
     report = quantize_(
         model, rules, algorithm=algorithm, batches=[tiny_ids(seed=1), tiny_ids(seed=2)], journal=directory
@@ -68,27 +69,27 @@ class Uninterrupted:
 
     def __init__(self, algorithm: str, directory: Path) -> None:
         self.algorithm, self.directory = algorithm, directory
+        self.lines: dict[str, int] = {}
         self.result = quantize(directory / "warm", algorithm)
         started = time.perf_counter()
         repeated = quantize(directory / "timed", algorithm)
         self.seconds = time.perf_counter() - started
         assert repeated.same(self.result), "two runs without a kill differ"
 
-    @functools.cached_property
-    def lines(self) -> dict[str, int]:
-        counts = {}
-        for how, files in WHERE.items():
-            lines = Lines(files=files)
+    def line(self, how: str, rng: random.Random) -> int:
+        """A random one of those that are counted."""
+        if how not in self.lines:
+            lines = Lines(files=WHERE[how])
             sys.settrace(lines)
             quantize(self.directory / how, self.algorithm)
             sys.settrace(None)
-            counts[how] = lines.count
-        return counts
+            self.lines[how] = lines.count
+        return rng.randint(1, self.lines[how])
 
     def killed(self, directory: Path, how: str, rng: random.Random) -> bool:
         work = functools.partial(quantize, directory, self.algorithm)
         if how in WHERE:
-            return killed_at_line(work, Lines(rng.randint(1, self.lines[how]), WHERE[how]))
+            return killed_at_line(work, Lines(self.line(how, rng), WHERE[how]))
         return killed_after(work, rng.uniform(0, self.seconds))
 
 
