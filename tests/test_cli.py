@@ -109,6 +109,26 @@ def test_steps_before_rounding(model, tmp_path):
     assert not torch.allclose(loaded.model.embed_tokens.weight, original.model.embed_tokens.weight)
 
 
+def test_a_journal_is_gone_on_with(model, tmp_path):
+    words = ("--algorithm", "smoothquant", "--calibration-tokens", "64", "--journal", tmp_path / "journal")
+    first = document("quantize", model, tmp_path / "a", "-c", "int8wo", *words)
+    blocks = sorted((tmp_path / "journal").glob("block-*"))
+    assert (first["from_journal"], len(blocks)) == (0, 2)
+    blocks[1].unlink()  # as if it had been killed in the second block
+    again = document("quantize", model, tmp_path / "b", "-c", "int8wo", *words)
+    assert again["from_journal"] == 7
+    assert again["layers"] == first["layers"]
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in "ab")
+    assert a == b
+    said = run("quantize", model, tmp_path / "c", "-c", "int8wo", *words)
+    assert "14 layers were in the journal" in said.output
+    assert "journal-refused" in run("quantize", model, tmp_path / "d", "-c", "int4wo-32", *words, code=2).output
+    assert "bad-option" in run("quantize", model, tmp_path / "d", "-c", "int8wo", *words[2:], code=2).output
+    same = run("quantize", model, tmp_path / "d", "-c", "int8wo", *words[:4], "--journal", tmp_path / "d", code=2)
+    assert "a directory of its own" in same.output
+    assert not (tmp_path / "d").exists()
+
+
 def test_static_configs_are_calibrated(model, tmp_path):
     run("quantize", model, tmp_path / "o", "-c", "float8sq")
     weight = find_source(str(tmp_path / "o")).model().model.layers[0].mlp.up_proj.weight

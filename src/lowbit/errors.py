@@ -22,6 +22,7 @@ PAGES: dict[str, str] = {
     "format-name-taken": "Two families of formats were registered under one name.",
     "id-out-of-range": "An embedding was asked for a row that its table does not have.",
     "input-mismatch": "The input of a quantized layer has a wrong dtype, size or device.",
+    "journal-refused": "A journal is of another run, is damaged, or its directory holds something else.",
     "layer-not-quantizable": "A layer that was asked to be quantized cannot be.",
     "missing-calibration": "A static activation needs a scale that was neither calibrated nor given.",
     "missing-package": "A command needs a package that is not part of the plain installation.",

@@ -20,6 +20,8 @@ from lowbit.graph import DecoderGraph, Edge, Layer
 from lowbit.models.config import LlamaConfig
 
 Formats = dict[str, Format]
+#: What the channels of an edge's source were divided by, fp32, by the source's name.
+Scales = dict[str, Tensor]
 
 
 def scale_(model: nn.Module, edge: Edge, s: Tensor) -> None:
@@ -42,19 +44,29 @@ def scale_(model: nn.Module, edge: Edge, s: Tensor) -> None:
         _assign(reader, "weight", _weight(reader) * edge.to_readers(s))
 
 
-def smooth_(model: nn.Module, layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
-    """SmoothQuant on the inputs of attention and MLP, where its authors have it; moments of the scaled inputs."""
+def smooth_(
+    model: nn.Module, layer: Layer, moments: dict[str, Moments], scales: Scales | None = None
+) -> dict[str, Moments]:
+    """SmoothQuant on the inputs of attention and MLP, where its authors have it; moments of the scaled inputs.
+
+    `scales` gets what was folded.
+    """
     for edge in (layer.attention, layer.mlp):
         s = smooth_scale([_weight(model.get_submodule(n)) for n in edge.readers], moments[edge.readers[0]].amax)
         scale_(model, edge, s)
+        if scales is not None:
+            scales[edge.source] = s
         moments = _scaled(moments, edge.readers, s)
     return moments
 
 
-def awq_(model: nn.Module, layer: Layer, moments: dict[str, Moments], formats: Formats) -> dict[str, Moments]:
+def awq_(
+    model: nn.Module, layer: Layer, moments: dict[str, Moments], formats: Formats, scales: Scales | None = None
+) -> dict[str, Moments]:
     """AWQ on every edge of a layer, for those readers that will be quantized; moments of the scaled inputs.
 
-    Heads that share one head of v share its scales, so these follow the mean square over the heads.
+    Heads that share one head of v share its scales, so these follow the mean square over the heads. `scales` gets what
+    was folded.
     """
     for edge in layer.edges:
         readers = [(_weight(model.get_submodule(n)), formats[n]) for n in edge.readers if n in formats]
@@ -64,8 +76,17 @@ def awq_(model: nn.Module, layer: Layer, moments: dict[str, Moments], formats: F
         magnitude = edge.to_source(square.diagonal()).sqrt()
         s = awq_scale(readers, square, edge.to_readers(magnitude))
         scale_(model, edge, edge.to_source(s))
+        if scales is not None:
+            scales[edge.source] = edge.to_source(s)
         moments = _scaled(moments, edge.readers, s)
     return moments
+
+
+def rescale_(model: nn.Module, layer: Layer, scales: Scales) -> None:
+    """What `smooth_` or `awq_` did to a layer when it gave these `scales`, bit by bit."""
+    for edge in layer.edges:
+        if edge.source in scales:
+            scale_(model, edge, scales[edge.source])
 
 
 def rotate_(model: nn.Module, graph: DecoderGraph, seed: int = 0) -> None:

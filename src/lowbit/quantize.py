@@ -9,25 +9,29 @@ Rules by name choose a config per layer; the first match wins, in the order exac
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.align import aligned
-from lowbit.calibrate import Moments, Statistics, run_blocks, static_scale
+from lowbit.calibrate import KEEPS_NOTHING, Keeper, Moments, Statistics, run_blocks, static_scale
 from lowbit.configs import Config, Scheme
 from lowbit.errors import see
-from lowbit.fold import awq_, rotate_, smooth_
+from lowbit.fold import Scales, awq_, rotate_, smooth_
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
+from lowbit.journal import Journal
 from lowbit.original import quantizing
 from lowbit.recipe import Recipe, parse_recipe, round_weight
 from lowbit.report import LayerReport, Report
+from lowbit.resume import JournalKeeper
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
 from lowbit.stages import run_stages
 from lowbit.tensor import QuantizedTensor
@@ -48,6 +52,7 @@ def quantize_(
     measure: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
     restore: bool | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Quantize the weights of `model` in place and say what was done.
 
@@ -76,16 +81,19 @@ def quantize_(
         progress: called with (layers done, layers in all, name) before each layer.
         restore: keep the float weights until all is done, and put them back if anything fails before, as when memory
             runs out. The default does so where it costs no memory of the device: where `device` is another than theirs.
+        journal: a directory that keeps each block of a run with `batches` as it is finished. The same call on the same
+            float model goes on behind the last one, and gives the bits of a run that was not interrupted.
 
     Raises:
+        OSError: the journal cannot be written; blocks that are finished are in it.
         torch.OutOfMemoryError: memory ran out. The message says whether the model is as it was, or else which layers
             are quantized.
         ValueError: a rule matched nothing, no layer was selected, a layer cannot be quantized, needs a calibrated
             scale that is not there, or holds NaN or Inf; the model's parts are not known to a step that must know them;
-            or batches and algorithm do not go together. Nothing has been quantized then, and a model that was rotated
-            already still computes the same.
+            batches and algorithm do not go together; or the journal is of another run. Nothing has been quantized then,
+            and a model that was rotated already still computes the same.
     """
-    recipe = _checked_recipe(algorithm, batches, on_nonfinite)
+    recipe = _checked_recipe(algorithm, batches, on_nonfinite, journal is not None)
     started = time.perf_counter()
     report, work = Report(), list[Work]()
     for name, module, chosen in plan_of(model, config, filter_fn):
@@ -107,7 +115,9 @@ def quantize_(
     done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
     finished, total = 0, len(work)
 
-    def convert(item: Work, moments: Moments | None = None) -> None:
+    def convert(
+        item: Work, moments: Moments | None = None, kept: tuple[QuantizedTensor, LayerReport] | None = None
+    ) -> None:
         nonlocal finished
         if progress is not None:
             progress(finished, total, item.name)
@@ -118,11 +128,14 @@ def quantize_(
             parameter, first = done[key]
             report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
-            zero = on_nonfinite == "zero"
-            quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, recipe.rounding, moments)
-            layer = _quantized(item, weight, quantized.nbytes_packed, sqnr)
-            if recipe.rounding == "gptq" and moments is None:
-                layer = replace(layer, note="no inputs seen: scales searched, rounded to nearest")
+            if kept is not None:
+                quantized, layer = kept
+            else:
+                zero = on_nonfinite == "zero"
+                quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, recipe.rounding, moments)
+                layer = _quantized(item, weight, quantized.nbytes_packed, sqnr)
+                if recipe.rounding == "gptq" and moments is None:
+                    layer = replace(layer, note="no inputs seen: scales searched, rounded to nearest")
             report.layers.append(layer)
             parameter = nn.Parameter(quantized, requires_grad=False)
             # Only while another module still holds the float weight can its id come up again.
@@ -145,8 +158,17 @@ def quantize_(
                     if bool(moments[name].amax.any()):
                         convert(waiting.pop(name), moments[name])
 
+            def put(row: LayerReport, planes: Planes, act_scale: Tensor | None) -> None:
+                item = waiting.pop(row.name)
+                weight, (fmt, act) = item.module.weight, item.scheme
+                convert(item, kept=(QuantizedTensor(planes, fmt, weight.shape, weight.dtype, act, act_scale), row))  # type: ignore[arg-type]
+
+            keeper, scales = KEEPS_NOTHING, Scales()
+            if journal is not None:
+                run = _run_of(work, recipe, on_nonfinite, measure)
+                keeper = JournalKeeper(Journal(Path(journal)), model, graph, run, report, put, scales)
             formats = {item.name: item.scheme.weight for item in work}
-            _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit)
+            _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit, keeper, scales)
             work = list(waiting.values())
         for item in work:
             convert(item)
@@ -160,27 +182,47 @@ def quantize_(
 
 def _visit_inputs(
     model: nn.Module, recipe: Recipe, graph: DecoderGraph | None, formats: dict[str, Format], batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Any] | None, visit: Callable[[dict[str, Moments]], None],
+    forward: Callable[[nn.Module, Any], Any] | None, visit: Callable[[dict[str, Moments]], None], keeper: Keeper,
+    scales: Scales,
 ) -> None:  # fmt: skip
-    """Call `visit` with the moments of every Linear that runs, as they are after the scaling that a recipe asks for."""
+    """Call `visit` with the moments of every Linear that runs, as they are after the scaling that a recipe asks for;
+    `scales` gets that of the layer at hand. What `keeper` has is passed over."""
 
     def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
+        scales.clear()
         if recipe.scaling == "awq":
-            return awq_(model, layer, moments, formats)
-        return smooth_(model, layer, moments) if recipe.scaling == "smoothquant" else moments
+            return awq_(model, layer, moments, formats, scales)
+        return smooth_(model, layer, moments, scales) if recipe.scaling == "smoothquant" else moments
 
     if graph is None:
-        run_blocks(model, batches, visit, forward)
+        run_blocks(model, batches, visit, forward, keeper)
     elif "align" in recipe.steps:
         prepare = scale if recipe.scaling else None
-        run_stages(model, graph, batches, visit, forward, wanted=formats.keys(), prepare=prepare)
+        run_stages(model, graph, batches, visit, forward, wanted=formats.keys(), prepare=prepare, keeper=keeper)
     else:
-        layers = iter(graph.layers)
-        run_blocks(model, batches, lambda moments: visit(scale(next(layers), moments)), forward)
+        layers = {name: layer for layer in graph.layers for stage in layer.stages for name in stage}
+        run_blocks(
+            model, batches, lambda moments: visit(scale(layers[next(iter(moments))], moments)), forward, keeper
+        )  # fmt: skip
 
 
-def _checked_recipe(algorithm: str, batches: Iterable[Any] | None, on_nonfinite: str) -> Recipe:
+def _run_of(work: list[Work], recipe: Recipe, on_nonfinite: str, measure: bool) -> dict[str, Any]:
+    """What this call asks for, as a journal compares it."""
+
+    def spec(item: Work) -> str:
+        return item.scheme.spec if item.act_scale is None else f"{item.scheme.spec} at {item.act_scale!r}"
+
+    asked = {"algorithm": str(recipe), "on_nonfinite": on_nonfinite, "measure": measure}
+    return {**asked, "layers": {item.name: spec(item) for item in work}}
+
+
+def _checked_recipe(algorithm: str, batches: Iterable[Any] | None, on_nonfinite: str, journal: bool) -> Recipe:
     recipe = parse_recipe(algorithm)
+    if journal and not recipe.needs_batches:
+        raise ValueError(
+            f"quantize_: a journal keeps blocks, and algorithm {algorithm!r} goes by layers; leave journal=... out, or "
+            "choose one with 'gptq', 'awq', 'smoothquant' or 'align'" + see("bad-option")
+        )
     if recipe.needs_batches != (batches is not None):
         raise ValueError(
             f"quantize_: algorithm {algorithm!r} "

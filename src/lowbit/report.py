@@ -25,10 +25,15 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """The layers in the model's order, with totals. `print(report)` shows a table, `to_json()` gives data."""
+    """The layers in the model's order, with totals. `print(report)` shows a table, `to_json()` gives data.
+
+    Attributes:
+        from_journal: how many of the layers an earlier run had quantized, which this one went on behind.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
+    from_journal: int = 0
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -57,6 +62,7 @@ class Report:
 
     def to_json(self) -> str:
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "seconds": self.seconds}
+        totals["from_journal"] = self.from_journal
         return json.dumps({"layers": [asdict(r) for r in self.layers], **totals}, indent=1)
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibrate import Call, Moments, added, first_inputs, following, moments_of
+from lowbit.calibrate import KEEPS_NOTHING, Call, Keeper, Moments, added, first_inputs, following, moments_of
 from lowbit.graph import DecoderGraph, Layer
 
 Prepare = Callable[[Layer, dict[str, Moments]], object]
@@ -28,6 +28,7 @@ def run_stages(
     *,
     wanted: Set[str],
     prepare: Prepare | None = None,
+    keeper: Keeper = KEEPS_NOTHING,
 ) -> None:
     """Go through the stages of `model` in order; for each, sum up moments with their drift and call `visit`.
 
@@ -40,17 +41,20 @@ def run_stages(
         wanted: names of the Linears whose moments are asked for; a stage with none of them is passed over.
         prepare: called with a layer and the moments of all its Linears before anything in it is quantized. It may fold
             scales into the layer, whose output must stay.
+        keeper: layers that it has are not visited.
 
     Raises:
         ValueError: as `run_blocks` does.
     """
     _, blocks, calls = first_inputs(model, batches, forward)
     originals = list(calls)
+    keeper.begin(calls)
     with torch.no_grad():
         for layer, block in zip(graph.layers, blocks, strict=True):
-            if prepare is not None:
+            finished = keeper.fold(layer.name)
+            if prepare is not None and not finished:
                 prepare(layer, moments_of(layer.name, block, calls))
-            stages = [s for s in layer.stages if not wanted.isdisjoint(s)]
+            stages = [s for s in layer.stages if not finished and not wanted.isdisjoint(s)]
             leaders = [model.get_submodule(stage[0]) for stage in stages]
             seen = list[list[Tensor]]()
             for j, call in enumerate(originals):
@@ -62,6 +66,10 @@ def run_stages(
                     moments = added(moments, _input_of(block, call, leaders[i]), inputs[i])
                 assert moments is not None
                 visit(dict.fromkeys(stage, moments))
+            if finished:
+                keeper.fill(layer.name)
+            else:
+                keeper.keep(layer.name)
             for j, call in enumerate(calls):
                 calls[j] = following(layer.name, block, call)
 

@@ -17,6 +17,7 @@ from faults import (
     memory,
     parsers,
     pickles,
+    resumes,
     values,
 )
 from faults.outcome import Outcome
@@ -72,6 +73,16 @@ FAULTS = (
     Fault(
         "kills", "SIGKILL at a random point of quantize and save",
         "the old checkpoint, the new one or none that loads; another run gives equal files", kills.run, 100, 8,
+    ),
+    Fault(
+        "resumes", "SIGKILL at a random point of a quantization with a journal, and again when it goes on",
+        "the next run goes on behind the last finished block: bits, report and files of a run without a kill",
+        resumes.run, 100, 6,
+    ),
+    Fault(
+        "journals", "one bit of a journal flips, or a file of it is cut short",
+        "the block is done again, with a warning, or the run is refused; bits of a run without damage",
+        resumes.run_damaged, 500, 12,
     ),
     Fault(
         "disk", "a disk is full, or one request of a save fails, at every request",

@@ -7,6 +7,7 @@ A program of its own, because it forks, which the threads of a test process forb
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,8 +36,13 @@ BEFORE = ("nothing", "an older checkpoint", "a config.json")
 
 
 def run(cases: int, directory: Path) -> Outcome:
+    return run_program("faults.kills", cases, directory)
+
+
+def run_program(module: str, cases: int, directory: Path) -> Outcome:
+    """The outcome that a module prints as JSON."""
     path = os.pathsep.join((str(TESTS), str(Path(SOURCE).parent)))
-    command = [sys.executable, "-m", "faults.kills", str(cases), str(directory)]
+    command = [sys.executable, "-m", module, str(cases), str(directory)]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=570, check=False)
     assert done.returncode == 0, done.stderr
@@ -74,13 +81,14 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 class Lines:
-    """Counts the lines of lowbit that run, and kills the process at one of them."""
+    """Counts the lines of lowbit that run, in all files or in those named, and kills the process at one of them."""
 
-    def __init__(self, kill_at: int = 0) -> None:
+    def __init__(self, kill_at: int = 0, files: tuple[str, ...] = ("",)) -> None:
         self.count, self.kill_at = 0, kill_at
+        self.files = tuple(os.path.join(SOURCE, file) for file in files)
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(SOURCE):
+        if not frame.f_code.co_filename.startswith(self.files):
             return None
         if event == "line":
             self.count += 1
@@ -89,22 +97,22 @@ class Lines:
         return self
 
 
-def killed_at_line(directory: Path, line: int) -> bool:
+def killed_at_line(work: Callable[[], object], lines: Lines) -> bool:
     def child() -> None:
-        sys.settrace(Lines(line))
-        quantize_and_save(directory)
+        sys.settrace(lines)
+        work()
 
     return was_killed(forked(child))
 
 
-def killed_after(directory: Path, seconds: float) -> bool:
-    process = forked(lambda: quantize_and_save(directory))
+def killed_after(work: Callable[[], object], seconds: float) -> bool:
+    process = forked(work)
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
     return was_killed(process)
 
 
-def forked(work: Any) -> int:
+def forked(work: Callable[[], object]) -> int:
     process = os.fork()
     if process == 0:
         try:
@@ -158,10 +166,11 @@ def main(cases: int, directory: Path) -> Outcome:
         before = BEFORE[attempts % len(BEFORE)]
         place = directory / str(attempts)
         prepare(place, before)
+        work = functools.partial(quantize_and_save, place)
         if attempts % 2:
-            killed, how = killed_at_line(place, rng.randint(1, lines.count)), "at a line"
+            killed, how = killed_at_line(work, Lines(rng.randint(1, lines.count))), "at a line"
         else:
-            killed, how = killed_after(place, rng.uniform(0, seconds)), "at a time"
+            killed, how = killed_after(work, rng.uniform(0, seconds)), "at a time"
         if killed:
             outcome.counts[how] += 1
             allowed = [new, old] if before == "an older checkpoint" else [new]

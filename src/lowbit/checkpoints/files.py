@@ -209,14 +209,14 @@ def shards(tensors: Mapping[str, Pending], max_bytes: int) -> dict[str, dict[str
 
 
 def safetensors_bytes(
-    tensors: Mapping[str, Pending], checks: dict[str, int] | None = None
+    tensors: Mapping[str, Pending], checks: dict[str, int] | None = None, metadata: Mapping[str, str] = METADATA
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time; `checks` gets the CRC-32 of each.
 
     Tensors with larger elements come first, then by name, which leaves each one aligned (the format has no padding).
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].info.dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         info = tensors[name].info

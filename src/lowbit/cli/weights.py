@@ -77,6 +77,10 @@ def quantize(
         typer.Option(metavar="FILE", help="Text that gptq, awq and others see; default: the packaged prose."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of that text.")] = 16384,
+    journal: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep finished blocks here; the same command goes on behind them."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -98,13 +102,17 @@ def quantize(
         raise ValueError(f"{source.path} is quantized already; quantize the original model" + see("already-quantized"))
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; give a directory")
+    if journal is not None and journal.resolve() == out.resolve():
+        raise ValueError(f"OUT and --journal are both {out}; give the journal a directory of its own")
     recipe = parse_recipe(algorithm)
     loaded = source.model(parse_dtype(dtype))
     batches = _batches(source, loaded, calibration, calibration_tokens, device) if recipe.needs_batches else None
     report = quantize_as_asked(
-        source, loaded, rules_for(loaded, config, words), device, algorithm=algorithm, batches=batches
+        source, loaded, rules_for(loaded, config, words), device, algorithm=algorithm, batches=batches, journal=journal
     )
     export(source, loaded, out)
+    if journal is not None:
+        say(f"{report.from_journal} layers were in the journal {escape(str(journal))}, which is not needed any more")
     if as_json:
         emit_json({"model": source.path, "out": out, **_summary(report)})
         return
@@ -116,7 +124,7 @@ def quantize(
 
 def quantize_as_asked(
     source: Source, model: Llama, rules: Mapping[str, Rule], device: str, title: str = "quantizing",
-    algorithm: str = "rtn", batches: list[Tensor] | None = None,
+    algorithm: str = "rtn", batches: list[Tensor] | None = None, journal: Path | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """`quantize_` with a progress bar, calibrated on the packaged text where a config has static scales."""
     configs = [parse_config(c) if isinstance(c, str) else c for c in rules.values() if c is not None]
@@ -125,7 +133,7 @@ def quantize_as_asked(
     with progress_bar(title) as update:
         return quantize_(
             model, rules, device=device, calibration=statistics, progress=update,
-            algorithm=algorithm, batches=batches,
+            algorithm=algorithm, batches=batches, journal=journal,
         )  # fmt: skip
 
 
@@ -366,6 +374,7 @@ def _summary(report: QuantizeReport) -> dict[str, Any]:
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "seconds": report.seconds,
+        "from_journal": report.from_journal,
     }
 
 
