@@ -9,7 +9,6 @@ Weights rotate through more than the L2 cache, one CUDA graph per variant, media
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 
 from cases import arguments, cases, write
 
@@ -20,16 +19,12 @@ from lowbit.kernels.triton.launch import multiprocessors
 from lowbit.tools.timing import median_us
 
 
-def candidates(fmt: Format, m: int, n: int) -> list[Config]:
-    """Instances worth a try: the smallest tile that holds the tokens and the next, with enough tiles for half a GPU."""
-    sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
+def worth_a_try(fmt: Format, m: int, n: int, k: int) -> list[Config]:
+    """Instances with work for half of the GPU, and for not much more than all of it where blocks share tiles."""
     found = []
-    for tokens, row_tiles, cut, blocks, warpgroups in product(sizes, (1, 2), (False, True), (1, 2), (2, 4)):
-        c = Config(tokens, row_tiles, cut, blocks, warpgroups)
-        tiles = -(-n // c.rows) * -(-m // tokens)
-        if isinstance(wgmma.constants(fmt, c), str) or (warpgroups, row_tiles) == (4, 2):
-            continue
-        if tiles >= 66 or cut:
+    for c in wgmma.candidates(fmt, m, k):
+        blocks = -(-n // c.rows) * -(-m // c.tokens) * c.split
+        if c.cut or (blocks >= 66 and (c.split == 1 or blocks <= 140 * c.blocks)):
             found.append(c)
     return found
 
@@ -40,7 +35,7 @@ def main() -> int:
     for case in cases(args):
         n, k = case.weights[0].shape
         chosen, times = wgmma.config_for(case.format, case.m, n, k, multiprocessors(case.x.device)), {}
-        for config in dict.fromkeys([chosen, *candidates(case.format, case.m, n)]):
+        for config in dict.fromkeys([chosen, *worth_a_try(case.format, case.m, n, k)]):
             times[str(config)] = median_us(
                 [partial(wgmma.launch, case.x, w.planes, case.format, n, config=config) for w in case.weights]
             )

@@ -155,27 +155,27 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
 
 
 @cache
+def candidates(fmt: Format, m: int, k: int) -> tuple[Config, ...]:
+    """The instances that may be chosen: the smallest tile that holds the tokens and the next, in every way."""
+    sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
+    ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
+    orders = (False,) if decode.own_order_cost(fmt) is None else (True, False)
+    return tuple(
+        c for t, row_tiles, blocks, (cut, split), own in product(sizes, (1, 2), (1, 2), ways, orders)
+        if (blocks == 1 or t <= 32) and (split == 1 or (split * 8 <= t and split * 4 * decode.chunk(fmt) <= k))
+        and not isinstance(constants(fmt, c := Config(t, row_tiles, cut, blocks, split=split, own_order=own)), str)
+    )  # fmt: skip
+
+
+@cache
 def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
-    sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
-    shapes = product(sizes, (1, 2), (1, 2))
-    ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
-    own_order_cost = decode.own_order_cost(fmt)
-    tiles = [
-        Config(t, row_tiles, cut, blocks, split=split, own_order=own)
-        for (t, row_tiles, blocks), (cut, split), own in product(shapes, ways, (True, False))
-        if (blocks == 1 or t <= 32) and (own_order_cost is not None or not own)
-    ]  # fmt: skip
-    found = [
-        c for c in tiles
-        if (c.split == 1 or (c.split * 8 <= c.tokens and c.split * 4 * decode.chunk(fmt) <= k))
-        and not isinstance(constants(fmt, c), str)
-    ]  # fmt: skip
+    own_order_cost = decode.own_order_cost(fmt) or 1
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
         multiply, decoding = c.rows * c.tokens / 16, 1200.0 if c.row_tiles == 2 else 800.0 if c.blocks == 1 else 600.0
-        decoding *= (own_order_cost or 1) if c.own_order else 1
+        decoding *= own_order_cost if c.own_order else 1
         step = max(decoding, 1.4 * multiply + 0.4 * decoding) * c.blocks
         waves = -(-n // c.rows) * -(-m // c.tokens) * c.split / (sms * c.blocks)
         all_steps = k / 128 / c.split * step
@@ -188,7 +188,7 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
         exchange = 2400 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
         return ahead + math.ceil(waves) * (all_steps + exchange)
 
-    return min(found, key=cycles)
+    return min(candidates(fmt, m, k), key=cycles)
 
 
 def why_not(problem: Problem) -> str | None:
