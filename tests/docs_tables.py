@@ -105,9 +105,9 @@ def linear_rows() -> list[Cells]:
 
 
 def layers_rows() -> list[Cells]:
-    """Speed-up over bf16 of every layer for 1, 16 and 128 tokens."""
+    """Speed-up over bf16 of every layer for 1 to 2048 tokens."""
     layers = ("gate_up", "down", "qkv", "o")
-    by_layer = {layer: linear_records("lowbit", layer, (1, 16, 128)) for layer in layers}
+    by_layer = {layer: linear_records("lowbit", layer, (1, 16, 64, 128, 512, 2048)) for layer in layers}
     return [
         (
             f"`{weight}`",
@@ -115,6 +115,41 @@ def layers_rows() -> list[Cells]:
         )
         for weight in by_layer["gate_up"]
     ]
+
+
+def tuned_rows() -> list[Cells]:
+    """Of `tune_wgmma.py`: the fastest instance for int4, over bf16, and the fastest with packed activations."""
+    _, result = newest("h100_*_tune_wgmma.json")
+    rows = []
+    for r in sorted(result["rows"], key=lambda r: (r["m"], r["layer"])):
+        best = {
+            packed: min((us, name) for name, us in r["all"].items() if ("packed" in name) == packed)
+            for packed in (False, True)
+        }
+        (us, name), (packed_us, packed_name) = best[False], best[True]
+        rows.append((
+            str(r["m"]), r["layer"], f"{r['bf16_us']:.1f}", f"{us:.1f} ({r['bf16_us'] / us:.2f})", f"`{tile(name)}`",
+            f"{packed_us:.1f}", f"`{tile(packed_name)}`",
+        ))  # fmt: skip
+    return rows
+
+
+def tile(instance: str) -> str:
+    """The name of an instance without what most have in common."""
+    return instance.replace(" packed", "").replace(" warpgroups 2", "").replace(" blocks 1", "")
+
+
+def roofline_rows() -> list[Cells]:
+    """Of `lowbit roofline --llama`: microseconds expected and observed, and both speed-ups, with the activation's
+    quantization."""
+    _, result = newest("h100_*_roofline.json")
+    rows: dict[tuple[str, str], list[str]] = {}
+    tokens = (1, 16, 128, 1024, 4096)
+    for r in sorted(result["records"], key=lambda r: r["fwd_M"]):
+        if r["act"] and not r["error"] and r["fwd_M"] in tokens:
+            speed = f"{r['b_q_e2e_s'] * 1e6:.1f} ({r['r_q_gemm_and_ovhd_spdp']:.2f}, {r['b_q_e2e_spdp']:.2f})"
+            rows.setdefault((r["recipe"], r["name"]), []).append(speed)
+    return [(f"`{recipe}`", layer, *cells) for (recipe, layer), cells in sorted(rows.items())]
 
 
 def peer_rows() -> list[Cells]:
@@ -289,6 +324,12 @@ TABLES = {
     "linear": Table(
         "docs/measured.md", ("weight", "M = 1, us", "read alone", "share", "speed-up", "M = 16", "M = 128"), linear_rows
     ),
+    "tuned": Table(
+        "docs/measured.md",
+        ("M", "layer", "bf16, us", "in their own order (speed-up)", "tile", "packed", "tile"),
+        tuned_rows,
+    ),
+    "roofline": Table("docs/measured.md", ("recipe", "layer", "M = 1", "16", "128", "1024", "4096"), roofline_rows),
     "layers": Table("docs/measured.md", ("weight", "gate_up", "down", "qkv", "o"), layers_rows),
     "generate": Table(
         "docs/measured.md",

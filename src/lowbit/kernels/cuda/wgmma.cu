@@ -19,9 +19,9 @@
 // Where there are very few tiles, the SPLIT blocks of a team share each: every block has a part of K, leaves its sums for
 // the blocks that finish them, and finishes those of some tokens itself.
 //
-// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), SPLIT, OWN_ORDER, X_OCTETS (per stage of
-// activations), X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)` for
-// TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images, if there are any.
+// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), SPLIT, OWN_ORDER, X_OCTETS (per
+// stage of activations), X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)`
+// for TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images, if there are any.
 
 #include "decode.cuh"
 
@@ -53,6 +53,7 @@ __device__ __forceinline__ void copy_plane(u32 to, const u8 *from, const u32 (&r
 // Sixteen bytes of every row are moved so that eight rows can be read at a time, where lanes share what they read.
 __device__ __forceinline__ int moved_piece(int row, int piece) { return OWN_ORDER ? piece ^ row / 2 % 4 : piece; }
 
+// How the copy engine finds boxes of TOKENS x 64 activations (loader.tensor_map).
 struct alignas(64) TensorMap {
     u32 words[32];
 };
@@ -217,7 +218,7 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const float *a
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap map, float4 *sums, u64 *flags, u64 number, int cut) {
     extern __shared__ u8 memory[];
-    __shared__ alignas(8) unsigned long long barriers[2 * X_STAGES + 2 * W_STAGES];
+    __shared__ alignas(8) u64 barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     // The 128-byte swizzle counts from multiples of 1024.
@@ -417,7 +418,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
 #pragma unroll
                     for (int b = 0; b < BATCH; b++) {
                         const u32 at = images + (place + b) / 4 * (IMAGE_BYTES / 16) + (place + b) % 4 * 2;
-                        const unsigned long long descriptor = 1ull << 62 | 64ull << 32 | at;
+                        const u64 descriptor = 1ull << 62 | 64ull << 32 | at;
 #pragma unroll
                         for (int i = 0; i < ROW_TILES; i++) {
                             if constexpr (SUMS) wgmma(part[i], frag[batch % 2][b][i], descriptor, batch + b > 0);
