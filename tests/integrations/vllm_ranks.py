@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from proofs import WRITTEN
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, tensor_model_parallel_all_reduce
@@ -218,7 +219,7 @@ def of_directory(rules: dict[str, str], method: str, world: int, rank: int) -> d
     ours = quantized(rules)
     with tempfile.TemporaryDirectory() as directory:
         lowbit.save(ours, directory)
-        section = json.loads((Path(directory) / "config.json").read_text())["quantization_config"]
+        section = section_of(Path(directory))
         assert section["quant_method"] == method
         return compare(ours, parallel(section, Path(directory)), world, rank)
 
@@ -251,6 +252,108 @@ def online(spec: str, world: int, rank: int) -> dict[str, str]:
         return compare(ours, model, world, rank)
 
 
+REFUSED: dict[str, Callable[[Path], object]] = {}
+
+
+def refused(f: Callable[[Path], object]) -> Callable[[Path], object]:
+    REFUSED[f.__name__] = f
+    return f
+
+
+def section_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]  # type: ignore[no-any-return]
+
+
+def changed(directory: Path, rules: dict[str, str], change: Callable[[dict[str, Tensor]], object]) -> Parallel:
+    lowbit.save(quantized(rules), directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return parallel(section_of(directory), directory)
+
+
+@refused
+def a_missing_tensor(directory: Path) -> object:
+    return changed(directory, {"_default": "int4wo-128"}, lambda t: t.pop("attn.k_proj.weight_scale"))
+
+
+@refused
+def another_dtype(directory: Path) -> object:
+    return changed(directory, {"_default": "int8dq"}, lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.int32)}))
+
+
+@refused
+def parts_that_differ(directory: Path) -> object:
+    return parallel({"quant_method": "lowbit", "config": {"attn.q_proj": "int8wo", "_default": "int4wo-32"}}, directory)
+
+
+@refused
+def static_activations_online(directory: Path) -> object:
+    return parallel({"quant_method": "lowbit", "config": "float8sq"}, directory)
+
+
+@refused
+def an_unknown_config(directory: Path) -> object:
+    return parallel({"quant_method": "lowbit", "config": "int9wo"}, directory)
+
+
+@refused
+def an_unknown_section(directory: Path) -> object:
+    return parallel({"quant_method": "lowbit", "format_version": 2, "weights": {}}, directory)
+
+
+@refused
+def another_section_of_compressed_tensors(directory: Path) -> object:
+    lowbit.save(quantized({"_default": "int8wo"}), directory)
+    return parallel(section_of(directory) | {"kv_cache_scheme": {"num_bits": 8}}, directory)
+
+
+@refused
+def a_quantized_embedding_with_activations(directory: Path) -> object:
+    return parallel({"quant_method": "lowbit", "config": {"embed_tokens": "int8dq"}}, directory)
+
+
+@refused
+def weights_that_are_not_finite(directory: Path) -> object:
+    model = Float()
+    model.mlp["up_proj"].weight.data[3, 5] = float("nan")
+    lowbit.save(model, directory)
+    return parallel({"quant_method": "lowbit", "config": "int8wo"}, directory)
+
+
+@refused
+def a_cut_through_words_of_the_vocabulary(directory: Path) -> object:
+    config = get_quantization_config("lowbit").from_config({
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["lm_head"], "weights": {
+            "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}}},
+    })  # fmt: skip
+    return ParallelLMHead(500, HIDDEN, params_dtype=DTYPE, prefix="lm_head", quant_config=config)
+
+
+@refused
+def a_head_tied_to_a_float_embedding(directory: Path) -> object:
+    config = get_quantization_config("lowbit").from_config(
+        {"quant_method": "lowbit", "config": {"lm_head": "int8wo", "_default": "int8wo"}}
+    )
+    embedding = VocabParallelEmbedding(VOCAB, HIDDEN, params_dtype=DTYPE, quant_config=config)
+    head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=DTYPE, prefix="lm_head", quant_config=config)
+    return head.tie_weights(embedding)
+
+
+def messages() -> dict[str, str]:
+    """What each of `REFUSED` says."""
+    found = {}
+    for name, f in REFUSED.items():
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                f(Path(directory))
+                found[name] = "nothing"
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def examine(world: int, rank: int, only: str) -> dict[str, dict[str, Any]]:
     notes: dict[str, dict[str, Any]] = {}
     for name, (specs, f) in CHECKS.items():
@@ -278,6 +381,8 @@ def main() -> None:
         register()
         register()  # vLLM may call it more than once
         notes = examine(int(world), int(rank), *(only or [""]))
+        if world == "1":
+            notes["refused"] = messages()
     Path(f"{out}.{rank}").write_text(json.dumps(notes))
 
 

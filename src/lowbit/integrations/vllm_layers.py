@@ -171,7 +171,7 @@ class LowbitStoredMethod(LowbitMethod):
             assert leaf.tile is not None, leaf.name
             self._refuse_cut(layer, leaf, leaf.tile, input_size, output_size)
             name = _attribute(leaf)
-            loaded = self.tensors[name] = _Loaded(leaf.name, self._dtypes(leaf), weight_loader)
+            loaded = self.tensors[name] = _Loaded(leaf.name, self.names, self._dtypes(leaf), weight_loader)
             layer.register_parameter(name, _parameter(leaf, leaf.tile, loaded.dtypes[0], parts, loaded))
         config = get_current_vllm_config_or_none()
         self.dummy = config is not None and config.load_config.load_format == "dummy"
@@ -309,17 +309,18 @@ class _Loaded:
         dtype: in which the tensor was stored.
     """
 
-    def __init__(self, name: str, dtypes: tuple[torch.dtype, ...], loader: Callable[..., None]) -> None:
-        self.name, self.dtypes, self.loader = name, dtypes, loader
+    def __init__(
+        self, name: str, layers: tuple[str, ...], dtypes: tuple[torch.dtype, ...], loader: Callable[..., None]
+    ) -> None:
+        self.name, self.layers, self.dtypes, self.loader = name, layers, dtypes, loader
         self.dtype = dtypes[0]
         self.shards: set[Any] = set()
 
     def __call__(self, param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
         if loaded_weight.dtype not in self.dtypes:
             expected = " or ".join(map(str, self.dtypes))
-            raise CheckpointError(
-                "vLLM's loader", [f"{self.name} is {loaded_weight.dtype}, expected {expected}; see `lowbit verify`"]
-            )
+            found = f"{', '.join(self.layers)}: {self.name} is {loaded_weight.dtype}, expected {expected}"
+            raise CheckpointError("vLLM's loader", [f"{found}; `lowbit verify` looks at the whole directory"])
         self.dtype = loaded_weight.dtype
         shard = args[0] if args else next(iter(kwargs.values()), None)
         self.shards.update(shard if isinstance(shard, tuple) else [shard])
