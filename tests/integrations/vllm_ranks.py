@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -339,6 +340,31 @@ def a_head_tied_to_a_float_embedding(directory: Path) -> object:
     embedding = VocabParallelEmbedding(VOCAB, HIDDEN, params_dtype=DTYPE, quant_config=config)
     head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=DTYPE, prefix="lm_head", quant_config=config)
     return head.tie_weights(embedding)
+
+
+EXPERTS = object.__new__(RoutedExperts)  # of which only the class is asked
+
+
+@refused
+def experts_by_name(directory: Path) -> object:
+    weights = {"layers.0.experts.gate_up_proj": "int4:g128"}
+    config = {"quant_method": "lowbit", "format_version": 1, "weights": weights}
+    return get_quantization_config("lowbit").from_config(config).get_quant_method(EXPERTS, "layers.0.experts")
+
+
+@refused
+def experts_by_class(directory: Path) -> object:
+    lowbit.save(quantized({"_default": "int8wo"}), directory)
+    config = get_quantization_config("lowbit").from_config(section_of(directory))
+    return config.get_quant_method(EXPERTS, "layers.0.experts")
+
+
+@refused
+def no_experts_by_the_manifest(directory: Path) -> object:
+    lowbit.save(quantized({"_default": "int8wo"}), directory)
+    config = get_quantization_config("lowbit").from_config(section_of(directory))
+    config.maybe_update_config(str(directory))
+    return config.get_quant_method(EXPERTS, "layers.0.experts")
 
 
 def messages() -> dict[str, str]:

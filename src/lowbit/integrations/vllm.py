@@ -154,13 +154,14 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
 
     Attributes:
         plan: what is said of layers.
-        exact: by weight, what the manifest of a local directory knows better than the stored tensors.
+        exact: by quantized weight, what the manifest of a local directory knows better than the stored tensors; None
+            where there is no manifest.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.exact: dict[str, Mapping[str, float]] = {}
+        self.exact: dict[str, Mapping[str, float]] | None = None
 
     # What it is ------------------------------------------------------------------------------------------------------
 
@@ -218,11 +219,11 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
             CheckpointError: the manifest is damaged.
         """
         if Path(model_name).is_dir() and (manifest := Manifest.read(Path(model_name))) is not None:
-            self.exact = {name: w.exact for name, w in manifest.weights.items() if w.exact}
+            self.exact = {name: w.exact for name, w in manifest.weights.items()}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.plan = self.plan.renamed(hf_to_vllm_mapper)
-        self.exact = hf_to_vllm_mapper.apply_dict(self.exact)
+        self.exact = self.exact and hf_to_vllm_mapper.apply_dict(self.exact)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Parameters have no points in their names: `weight.qdata` of a file is `weight_qdata` of a layer."""
@@ -257,7 +258,7 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
             if kind is LinearBase:
                 return UnquantizedLinearMethod()
             return FloatHead() if kind is ParallelLMHead else None
-        return self.plan.method(names, first, self.exact)
+        return self.plan.method(names, first, self.exact or {})
 
     def _names(self, prefix: str, kind: type[nn.Module]) -> list[str]:
         """The layers of the checkpoint that a layer of vLLM holds."""
@@ -276,13 +277,18 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         return [prefix]
 
     def _refuse_experts(self, prefix: str) -> None:
-        inside = any(name.startswith(f"{prefix}.") for name in self.plan.named)
-        if inside or (isinstance(self.plan, Standard) and self.plan.scheme(f"{prefix}.0.up_proj", LinearBase)):
+        quantized = [*self.plan.named, *(self.exact or ())]
+        found = any(name.startswith(f"{prefix}.") for name in quantized)
+        if self.exact is None and isinstance(self.plan, Standard):
+            # A group for every Linear means experts, too, unless a manifest says that it met none.
+            found |= self.plan.scheme(f"{prefix}.0.up_proj", LinearBase) is not None
+        if found:
             raise ValueError(
                 f"{prefix}: lowbit's plugin runs no quantized experts; leave out quantization='lowbit' where vLLM "
                 "reads the directory by itself, or do not quantize the experts" + see("layer-not-quantizable")
             )
-        logger.warning("lowbit: %s stays as it is: the plugin quantizes no experts", prefix)
+        if isinstance(self.plan, Asked):
+            logger.warning("lowbit: %s stays as it is: the plugin quantizes no experts", prefix)
 
 
 def register() -> None:
