@@ -78,6 +78,9 @@ class Float(nn.Module):
         })  # fmt: skip
         self.mlp["up_proj"].weight.data *= 5
         self.fc = linear(256, bias=True)
+        # Largest of its weights: 1 / (1 / (1.1875 / 2688)) is another number, so that NVFP4 needs the manifest.
+        self.fc.weight.data.clamp_(-1, 1)[0, 0] = 1.1875
+        self.fused = linear(512)  # gate and up in one tensor, as some models store them
         self.router = linear(8)
         self.lm_head = linear(VOCAB)
 
@@ -85,7 +88,7 @@ class Float(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj"):
             self.attn[name](x)
         self.attn["o_proj"](x), self.mlp["gate_proj"](x), self.mlp["up_proj"](x), self.mlp["down_proj"](x)
-        self.fc(x), self.router(x)
+        self.fc(x), self.fused(x), self.router(x)
         return self.lm_head(x)  # type: ignore[no-any-return]
 
 
@@ -112,6 +115,7 @@ class Parallel(nn.Module):
         )
         self.mlp.down_proj = RowParallelLinear(512, HIDDEN, params_dtype=DTYPE, prefix="mlp.down_proj", **q)
         self.fc = ColumnParallelLinear(HIDDEN, 256, params_dtype=DTYPE, prefix="fc", **q)
+        self.fused = MergedColumnParallelLinear(HIDDEN, [256, 256], bias=False, params_dtype=DTYPE, prefix="fused", **q)
         self.router = ReplicatedLinear(HIDDEN, 8, bias=False, params_dtype=DTYPE, prefix="router", **q)
         self.lm_head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=DTYPE, prefix="lm_head", **q)
 
@@ -148,7 +152,7 @@ def quantized(rules: dict[str, str]) -> Float:
     return model
 
 
-def share(layer: nn.Module, dim: int, start: int, stop: int) -> Tensor:
+def share(layer: nn.Module, dim: int, start: int, stop: int) -> QuantizedTensor:
     """Rows or columns of a layer's weight: cut by lowbit, or where it is float, quantized after it was cut."""
     w = layer.weight.detach()
     part = w[start:stop] if dim == 0 else w[:, start:stop]
@@ -194,14 +198,30 @@ def compare(ours: Float, model: Parallel, world: int, rank: int) -> dict[str, st
         note(f"o {m}", model.attn.o_proj(local)[0], row(a["o_proj"], x, world, rank))
         note(f"down {m}", model.mlp.down_proj(local)[0], row(b["down_proj"], x, world, rank))
         note(f"fc {m}", model.fc(x)[0], column([ours.fc], x, world, rank))
+        at = rank * 256 // world
+        halves = [share(ours.fused, 0, half + at, half + at + 256 // world) for half in (0, 256)]
+        note(f"fused {m}", model.fused(x)[0], torch.cat([F.linear(x, w) for w in halves], dim=-1))
         note(f"router {m}", model.router(x)[0], column([ours.router], x, 1, 0))
-        head, at = model.lm_head, model.lm_head.shard_indices
-        got = head.quant_method.apply(head, x)[:, : at.num_org_elements]
-        rows = share(ours.lm_head, 0, at.org_vocab_start_index, at.org_vocab_end_index)
+        head, held = model.lm_head, model.lm_head.shard_indices
+        got = head.quant_method.apply(head, x)[:, : held.num_org_elements]
+        rows = share(ours.lm_head, 0, held.org_vocab_start_index, held.org_vocab_end_index)
         note(f"lm_head {m}", got, F.linear(x, rows))
     note("embedding", model.embed_tokens(IDS), ours.embed_tokens(IDS))
-    left = [n for n, p in model.named_parameters() if n.endswith("weight") and n != "embed_tokens.weight"]
-    found["what was loaded"] = f"still there: {left}" if left else "equal"
+    n, k = ours.fc.out_features // world, HIDDEN // world
+    for layer, expected in (
+        (model.fc, share(ours.fc, 0, rank * n, (rank + 1) * n)),
+        (model.router, share(ours.router, 0, 0, 8)),
+        (model.attn.o_proj, share(ours.attn["o_proj"], 1, rank * k, (rank + 1) * k)),
+        (model.mlp.down_proj, share(ours.mlp["down_proj"], 1, rank * k, (rank + 1) * k)),
+    ):
+        held = {name: p.detach() for name, p in layer.named_parameters() if name != "bias"}
+        planes = {f"{name}_0": plane.contiguous() for name, plane in expected.planes.items()}
+        planes |= {} if expected.act_scale is None else {"act_scale_0": expected.act_scale}
+        same = held.keys() == planes.keys() and all(
+            held[name].dtype == t.dtype and torch.equal(held[name].view(torch.uint8), t.view(torch.uint8))
+            for name, t in planes.items()
+        )
+        found[f"planes of {layer.prefix}"] = "equal" if same else f"{held} instead of {planes}"
     return found
 
 
@@ -250,6 +270,8 @@ def online(spec: str, world: int, rank: int) -> dict[str, str]:
             lowbit.quantize_(ours, {"embed_tokens": "int8wo"})
             for name, layer in ours.named_modules():
                 layer.config = rules.get(name, spec)  # type: ignore[assignment]
+        ours.fused = Float().fused  # each of its parts has scales of its own
+        ours.fused.config = spec  # type: ignore[assignment]
         return compare(ours, model, world, rank)
 
 
