@@ -112,6 +112,8 @@ MESSAGES = {
     "static_activations_online": ("float8sq", "[lowbit: missing-calibration]"),
     "an_unknown_config": ("int9wo", "[lowbit: unknown-config]"),
     "an_unknown_section": ("CheckpointError", "'format_version': 2"),
+    "neither_config_nor_rules": ("CheckpointError", "'config': 4"),
+    "an_unknown_format": ("CheckpointError", "int9:g128", "[lowbit: unknown-format]"),
     "another_section_of_compressed_tensors": ("CheckpointError", "kv_cache_scheme"),
     "a_quantized_embedding_with_activations": ("embed_tokens", "int8dq", "[lowbit: layer-not-quantizable]"),
     "weights_that_are_not_finite": ("mlp.up_proj", "1 NaN", "[lowbit: nonfinite-weight]"),

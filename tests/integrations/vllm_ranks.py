@@ -326,6 +326,17 @@ def an_unknown_section(directory: Path) -> object:
 
 
 @refused
+def neither_config_nor_rules(directory: Path) -> object:
+    return parallel({"quant_method": "lowbit", "config": 4}, directory)
+
+
+@refused
+def an_unknown_format(directory: Path) -> object:
+    weights = {"fc.weight": "int9:g128"}
+    return parallel({"quant_method": "lowbit", "format_version": 1, "weights": weights}, directory)
+
+
+@refused
 def another_section_of_compressed_tensors(directory: Path) -> object:
     lowbit.save(quantized({"_default": "int8wo"}), directory)
     return parallel(section_of(directory) | {"kv_cache_scheme": {"num_bits": 8}}, directory)

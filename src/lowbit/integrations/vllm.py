@@ -188,19 +188,20 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: it is neither what lowbit writes nor `{"quant_method": "lowbit", "config": ...}`, or there
                 is something in it that lowbit does not read.
-            ValueError: an unknown config or format.
+            ValueError: an unknown config, or one that needs calibration.
         """
         method, rest = config.get("quant_method"), {k: v for k, v in config.items() if k != "quant_method"}
-        if method == ct.METHOD:
-            rest = {k: v for k, v in rest.items() if k not in ("total_num_heads", "total_num_kv_heads")}  # vLLM's own
-            try:
-                return cls(Standard(Section(rest)))
-            except ValueError as error:
-                raise CheckpointError("quantization_config", [str(error)]) from None
-        if method == own.METHOD and rest.keys() == {"config"}:
+        if method == own.METHOD and rest.keys() == {"config"} and isinstance(rest["config"], (str, Mapping)):
             return cls(Asked(rest["config"]))
-        if method == own.METHOD and rest.keys() == {"format_version", "weights"} and rest["format_version"] == VERSION:
-            return cls(Own(rest["weights"]))
+        try:
+            if method == ct.METHOD:
+                added = ("total_num_heads", "total_num_kv_heads")  # by vLLM
+                return cls(Standard(Section({k: v for k, v in rest.items() if k not in added})))
+            known = rest.keys() == {"format_version", "weights"} and rest["format_version"] == VERSION
+            if method == own.METHOD and known:
+                return cls(Own(rest["weights"]))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError("quantization_config", [str(error)]) from None
         expected = f"what lowbit (version {VERSION}) or compressed-tensors writes, or a config to quantize by"
         raise CheckpointError("quantization_config", [f"expected {expected}, found {dict(config)}"])
 
