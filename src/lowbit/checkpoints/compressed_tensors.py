@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.files import TensorInfo
-from lowbit.checkpoints.leaves import ACT_SCALE, Leaf, plane_info
+from lowbit.checkpoints.leaves import ACT_SCALE, WHOLE, Leaf, plane_info
 from lowbit.checkpoints.manifest import StoredWeight
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import Format
@@ -176,14 +176,15 @@ def leaves(parameter: str, w: StoredWeight) -> list[Leaf]:
         out.append(_zero_point(layer, w))
     if known.format == "pack-quantized":
         shape = torch.tensor(w.shape, dtype=torch.int64)
-        out.append(Leaf(f"{layer}weight_shape", None, TensorInfo(torch.int64, (2,)), lambda _: shape))
+        out.append(Leaf(f"{layer}weight_shape", None, TensorInfo(torch.int64, (2,)), lambda _: shape, tile=WHOLE))
     one = TensorInfo(torch.float32, (1,))
+    inverse = partial(Leaf, info=one, to_disk=_invert, from_disk=_uninvert, inexact=True, tile=WHOLE)
     if w.format.has("outer_scale"):
-        out.append(Leaf(f"{layer}weight_global_scale", "outer_scale", one, _invert, _uninvert, inexact=True))
+        out.append(inverse(f"{layer}weight_global_scale", "outer_scale"))
     if w.static and isinstance(w.act and w.act.format, NVFP4Format):
-        out.append(Leaf(f"{layer}input_global_scale", ACT_SCALE, one, _invert, _uninvert, inexact=True))
+        out.append(inverse(f"{layer}input_global_scale", ACT_SCALE))
     elif w.static:
-        out.append(Leaf(f"{layer}input_scale", ACT_SCALE, one, _flat, _square))
+        out.append(Leaf(f"{layer}input_scale", ACT_SCALE, one, _flat, _square, tile=WHOLE))
     return out
 
 
@@ -216,9 +217,10 @@ def _codes(layer: str, w: StoredWeight, ct_format: str) -> Leaf:
         return Leaf(
             f"{layer}weight_packed", plane.name, info,
             partial(_to_words, flip=flip), partial(_from_words, used=used, flip=flip, dtype=plane.dtype),
+            tile=(1, 4 * (plane.k or 1)),
         )  # fmt: skip
     name = "weight_packed" if w.format.element.bits == 4 else "weight"
-    return Leaf(layer + name, plane.name, plane_info(plane, w))
+    return Leaf(layer + name, plane.name, plane_info(plane, w), tile=plane.tile)
 
 
 def _to_words(t: Tensor, flip: int = 0) -> Tensor:
@@ -242,10 +244,11 @@ def _scale(layer: str, w: StoredWeight) -> Leaf:
     plane = w.format.plane("scale")
     name, info = f"{layer}weight_scale", plane_info(plane, w)
     if plane.tile == (None, None):
-        return Leaf(name, "scale", TensorInfo(plane.dtype, (1,)), _flat, _square)
+        return Leaf(name, "scale", TensorInfo(plane.dtype, (1,)), _flat, _square, tile=WHOLE)
     if plane.dtype == torch.float8_e8m0fnu:
-        return Leaf(name, "scale", TensorInfo(torch.uint8, info.shape), _view(torch.uint8), _view(plane.dtype))
-    return Leaf(name, "scale", info)
+        raw = TensorInfo(torch.uint8, info.shape)
+        return Leaf(name, "scale", raw, _view(torch.uint8), _view(plane.dtype), tile=plane.tile)
+    return Leaf(name, "scale", info, tile=plane.tile)
 
 
 def _zero_point(layer: str, w: StoredWeight) -> Leaf:
@@ -261,4 +264,5 @@ def _zero_point(layer: str, w: StoredWeight) -> Leaf:
         packed = t.t().reshape(-1).view(torch.uint8).view(groups, -1)
         return unpack_bits(packed, bits, n).t().contiguous()
 
-    return Leaf(f"{layer}weight_zero_point", "zero_point", info, to_disk, from_disk)
+    # Rows share words; what a word has beyond the last row of a weight is zero.
+    return Leaf(f"{layer}weight_zero_point", "zero_point", info, to_disk, from_disk, tile=(32 // bits, plane.k))

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lowbit.checkpoints.files import TensorInfo
 from lowbit.checkpoints.manifest import VERSION, StoredWeight
-from lowbit.formats.base import Plane
+from lowbit.formats.base import Plane, Tile
 
 #: The name under which leaves speak of the calibrated scale of a static activation.
 ACT_SCALE = "act_scale"
 METHOD = "lowbit"
+#: The tile of what belongs to a weight as a whole: its shape, a scale per tensor, a codebook.
+WHOLE: Tile = (None, None)
 
 
 def same(t: Tensor) -> Tensor:
@@ -29,7 +31,8 @@ def same(t: Tensor) -> Tensor:
 class Leaf(NamedTuple):
     """One stored tensor. `plane` None: it repeats what is known; `to_disk` of anything is what it has to hold.
 
-    `inexact` leaves may lose the last bit of the plane, which the manifest then keeps.
+    `inexact` leaves may lose the last bit of the plane, which the manifest then keeps. `tile` is how many weights along
+    N and K one stored element covers, which decides where the tensor can be cut; None where nobody has to know.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Leaf(NamedTuple):
     to_disk: Callable[[Tensor], Tensor] = same
     from_disk: Callable[[Tensor], Tensor] = same
     inexact: bool = False
+    tile: Tile | None = None
 
 
 def plane_info(plane: Plane, w: StoredWeight) -> TensorInfo:
@@ -48,10 +52,10 @@ def canonical_leaves(parameter: str, w: StoredWeight) -> list[Leaf]:
     """The logical shape as `<parameter>`, the planes of any format by their own names; a static activation's scale as
     `<parameter>.input_scale`."""
     shape = torch.tensor(w.shape, dtype=torch.int64)
-    leaves = [Leaf(parameter, None, TensorInfo(torch.int64, (len(w.shape),)), lambda _: shape)]
-    leaves += [Leaf(f"{parameter}.{p.name}", p.name, plane_info(p, w)) for p in w.format.planes]
+    leaves = [Leaf(parameter, None, TensorInfo(torch.int64, (len(w.shape),)), lambda _: shape, tile=WHOLE)]
+    leaves += [Leaf(f"{parameter}.{p.name}", p.name, plane_info(p, w), tile=p.tile) for p in w.format.planes]
     if w.static:
-        leaves.append(Leaf(f"{parameter}.input_scale", ACT_SCALE, TensorInfo(torch.float32, (1, 1))))
+        leaves.append(Leaf(f"{parameter}.input_scale", ACT_SCALE, TensorInfo(torch.float32, (1, 1)), tile=WHOLE))
     return leaves
 
 

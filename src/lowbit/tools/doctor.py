@@ -35,6 +35,8 @@ OPTIONAL = {
     "gguf": "reading GGUF files",
     "transformers": "models of the transformers library",
 }
+#: Releases of vLLM in which the tests of lowbit's plugin have passed.
+VLLM_TESTED = ("0.32", "0.33")
 #: The layer that is tried, and the layer that `select` is asked about: small enough to be quick, large as in models.
 _TRIED = (64, 192)
 _TYPICAL = (4096, 4096)
@@ -172,7 +174,28 @@ def machine() -> dict[str, str]:
     }
     for package, purpose in OPTIONAL.items():
         facts[package] = _version(package) or f"not installed ({purpose})"
+    facts["vllm"] = vllm()
     return facts
+
+
+def vllm() -> str:
+    """Whether vLLM is there, and whether it will load lowbit's plugin. It is not imported, which takes seconds."""
+    if importlib.util.find_spec("vllm") is None:
+        return "not installed (serving)"
+    # Builds for other devices are distributed under other names.
+    name = importlib.metadata.packages_distributions().get("vllm", ["vllm"])[0]
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown version"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not any(p.name == "lowbit" for p in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        return f"{version}, does not find the plugin: lowbit is not installed as a package"
+    if allowed is not None and "lowbit" not in allowed.split(","):
+        return f"{version}, does not load the plugin: VLLM_PLUGINS is {allowed!r}"
+    if ".".join(version.split(".")[:2]) not in VLLM_TESTED:
+        return f"{version}, loads the plugin, which was tested with {', '.join(VLLM_TESTED)} only"
+    return f"{version}, loads the plugin"
 
 
 def _version(package: str) -> str | None:
