@@ -211,6 +211,18 @@ def crossover_rows() -> list[Cells]:
     ]  # fmt: skip
 
 
+def kept_rows() -> list[Cells]:
+    """Of `accuracy.py` with rounding alone: what every format keeps."""
+    _, result = newest("cpu_*_accuracy_formats.json")
+    rows: list[Cells] = []
+    for r in result["rows"]:
+        ratio = f"{r['perplexity_ratio']:.3f} ± {r['perplexity_ratio_stderr']:.3f}" if r["algorithm"] else ""
+        kl = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}" if r["algorithm"] else ""
+        bits = f"{r['bits_per_weight']:.2f}"
+        rows.append((f"`{r['config']}`", bits, f"{r['perplexity']:.2f}", ratio, kl, f"{100 * r['top1_agreement']:.1f}"))
+    return rows
+
+
 def accuracy_rows() -> list[Cells]:
     """Of `accuracy.py`: KL divergence and perplexity of every algorithm."""
     _, result = newest("cpu_*_accuracy.json")
@@ -312,10 +324,11 @@ TABLES = {
         demo_rows,
     ),
     "speed": Table("docs/measured.md", ("weight", "activation", "M = 1", "16", "128", "1024"), speed_rows),
-    "accuracy": Table("docs/algorithms.md", ("config", "bits per weight", "rtn", "mse", "hqq", "gptq"), accuracy_rows),
-    "steps": Table(
-        "docs/algorithms.md", ("config", "algorithm", "KL (perplexity)", "measured", "goal", ""), steps_rows
+    "kept": Table(
+        "docs/accuracy.md", ("config", "bits per weight", "perplexity", "ratio", "KL", "same top-1 %"), kept_rows
     ),
+    "accuracy": Table("docs/accuracy.md", ("config", "bits per weight", "rtn", "mse", "hqq", "gptq"), accuracy_rows),
+    "steps": Table("docs/accuracy.md", ("config", "algorithm", "KL (perplexity)", "measured", "goal", ""), steps_rows),
     "autoquant": Table(
         "docs/autoquant.md",
         ("config", "MB", "KL measured", "MB chosen", "KL predicted", "KL chosen, measured", "chosen loses"),

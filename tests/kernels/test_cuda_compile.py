@@ -301,12 +301,28 @@ def test_threads_that_ask_for_one_kernel_compile_it_once(monkeypatch: pytest.Mon
 
     def ask(_: int) -> object:
         together.wait()
-        return loader.load("small_m.cu", "small_m", (("BITS", 4),), 0)
+        return loader.load(loader.Source("small_m.cu", (("BITS", 4),)), "small_m", 0)
 
     with ThreadPoolExecutor(16) as pool:
         kernels = list(pool.map(ask, range(16)))
     assert len(made) == 1
     assert len(set(map(id, kernels))) == 1
+
+
+def test_what_a_warmup_needs_is_compiled_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every instance of the kernels that will run, each once, so that their runs find them in the cache."""
+    sources = []
+    for m in (1, 2, 8, 16, 64, 100, 128):
+        problem = Problem(m, 256, 512, "int4:g128", "", torch.bfloat16, "cuda", HOPPER)
+        kernel = select(problem).kernel
+        assert kernel.sources is not None, kernel.name
+        sources += kernel.sources(problem, 132)
+    # For 1 to 8 tokens there is one instance, and one for each other size of a tile.
+    assert len(set(sources)) == 4
+    loader.compile_ahead(sources, HOPPER)
+    assert len(list(folder.iterdir())) == 4
+    monkeypatch.setattr(loader, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert all(source.machine_code(HOPPER)[:4] == b"\x7fELF" for source in sources)
 
 
 def test_errors_carry_the_compilers_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

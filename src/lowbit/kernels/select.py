@@ -20,6 +20,7 @@ import torch
 from lowbit.errors import see
 from lowbit.kernels.cpu import native
 from lowbit.kernels.cuda import small_m, wgmma
+from lowbit.kernels.cuda.loader import Source
 from lowbit.kernels.problem import Problem, UnsupportedError, is_batch_invariant
 
 
@@ -33,6 +34,7 @@ class Kernel:
         by_name_only: never chosen, only run by `use_kernel`.
         batch_invariant: whether it can multiply so that a row's bits do not depend on the others.
         config: how it would launch for a problem that it takes, in words.
+        sources: the CUDA C++ that it compiles for a problem, on a GPU with so many multiprocessors.
         silu_mul: like `run`, a function that also takes `silu(gate) * up` of the two halves of the outputs.
         operand: what an activation has to be that comes to it quantized: "levels" in bf16, or the "codes" of its
             format; empty where the kernel quantizes it itself.
@@ -45,6 +47,7 @@ class Kernel:
     by_name_only: bool = False
     batch_invariant: bool = False
     config: Callable[[Problem], str] | None = None
+    sources: Callable[[Problem, int], list[Source]] | None = None
     silu_mul: str | None = None
     operand: Literal["", "levels", "codes"] = ""
 
@@ -180,6 +183,7 @@ KERNELS: tuple[Kernel, ...] = (
         "cuda.small_m:small_m",
         _small_m,
         config=small_m.describe,
+        sources=small_m.sources,
         silu_mul="cuda.small_m:small_m_silu_mul",
         operand="levels",
     ),
@@ -192,6 +196,7 @@ KERNELS: tuple[Kernel, ...] = (
         _wgmma,
         batch_invariant=True,
         config=wgmma.describe,
+        sources=wgmma.sources,
         operand="levels",
     ),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only, operand="levels"),

@@ -58,7 +58,9 @@ def launch(
     blocks = -(-(k1 - k0) // (decode.chunk(fmt, quad) * THREADS)) * -(-(n1 - n0) // rows_of_block)
     numbers = (ctypes.c_int(v) for v in (n0, n1 - n0, k0, k1, out.stride(0)))
     with on_device(out):
-        loader.load("dequant.cu", "dequant", _defines(fmt), out.device.index)(blocks, THREADS, a, *numbers)
+        loader.load(loader.Source("dequant.cu", _defines(fmt)), "dequant", out.device.index)(
+            blocks, THREADS, a, *numbers
+        )
     return out
 
 

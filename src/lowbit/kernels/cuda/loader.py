@@ -14,10 +14,12 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +31,25 @@ from lowbit.kernels.triton.launch import multiprocessors
 Defines = tuple[tuple[str, int], ...]
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _lock = threading.Lock()
+
+
+class Source(NamedTuple):
+    """What is compiled: a file beside this one, constants, and code put before it."""
+
+    file: str
+    defines: Defines
+    prelude: str = ""
+
+    def machine_code(self, arch: tuple[int, int]) -> bytes:
+        """For compute capability `arch`; raises what `compile_source` does."""
+        return compile_source(self.prelude + read_source(self.file), self.file.removesuffix(".cu"), self.defines, arch)
+
+
+def compile_ahead(sources: Iterable[Source], arch: tuple[int, int]) -> None:
+    """Bring sources into the cache, several at once: the compiler uses one core for each."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for _ in threads.map(lambda source: source.machine_code(arch), dict.fromkeys(sources)):
+            pass
 
 
 @cache
@@ -126,13 +147,9 @@ def read_source(name: str) -> str:
 
 
 class CudaKernel:
-    """One compiled kernel on one device.
+    """One compiled kernel of a source on one device."""
 
-    Args:
-        prelude: code put before the source.
-    """
-
-    def __init__(self, source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "") -> None:
+    def __init__(self, source: Source, kernel: str, device: int) -> None:
         from cuda.bindings import driver
 
         if torch.cuda.is_current_stream_capturing():
@@ -140,9 +157,7 @@ class CudaKernel:
                 f"{kernel} is not compiled yet and the stream is being captured; before a CUDA graph is captured, "
                 "call lowbit.warmup(model, tokens) or run the layer once with this number of tokens" + see("no-kernel")
             )
-        source = prelude + read_source(source_name)
-        arch = torch.cuda.get_device_capability(device)
-        code = compile_source(source, source_name.removesuffix(".cu"), defines, arch)
+        code = source.machine_code(torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the primary context current
             module = _check(driver.cuModuleLoadData(code), "cuModuleLoadData")
@@ -256,10 +271,10 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int) -> TensorMa
     return TensorMap.from_buffer_copy(ctypes.string_at(aligned, 128))
 
 
-def load(source_name: str, kernel: str, defines: Defines, device: int, prelude: str = "") -> CudaKernel:
-    """The kernel compiled with `defines`, once per process and device; safe to call from several threads."""
+def load(source: Source, kernel: str, device: int) -> CudaKernel:
+    """The kernel compiled and loaded, once per process and device; safe to call from several threads."""
     with _lock:
-        return _load(source_name, kernel, defines, device, prelude)
+        return _load(source, kernel, device)
 
 
 _load = cache(CudaKernel)

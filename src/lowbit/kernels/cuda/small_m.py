@@ -142,12 +142,19 @@ def launch(
     return y
 
 
-@cache
-def _plan(
-    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None, dtype: torch.dtype, gated: bool
-) -> tuple[loader.CudaKernel, int, int, int]:
-    """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
-    sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
+def sources(problem: Problem, sms: int) -> list[loader.Source]:
+    """What is compiled for a problem on a GPU of its architecture with `sms` multiprocessors."""
+    defines, _, _ = _instance(
+        problem.weight, problem.m, problem.n, problem.k, sms, problem.arch or (9, 0), None, problem.dtype, False
+    )
+    return [loader.Source("small_m.cu", defines)]
+
+
+def _instance(
+    fmt: Format, m: int, n: int, k: int, sms: int, arch: tuple[int, int], cluster: int | None, dtype: torch.dtype,
+    gated: bool,
+) -> tuple[loader.Defines, int, int]:  # fmt: skip
+    """The kernel's constants, blocks that share K, and bytes of shared memory."""
     cluster = cluster or cluster_for(fmt, m, n, k, sms, arch)
     shared = shared_bytes(fmt, m, k, cluster)
     more = {"TOKEN_TILES": 1 if m <= 8 else 2, "CLUSTER": cluster, "WHOLE": int(k % decode.chunk(fmt, 64) == 0)}
@@ -159,7 +166,17 @@ def _plan(
         # Fewer registers for each of three blocks pay where there are tiles for them, and one plane to decode.
         if -(-n // ROWS) > 2 * sms and len(fmt.element.code_planes) == 1 and shared + 2 * SUMS_BYTES <= SHARED_OF_THREE:
             more["RESIDENT"] = 3
-    kernel = loader.load("small_m.cu", "small_m", tuple(sorted((dict(decode.defines_of(fmt)) | more).items())), device)
+    return tuple(sorted((dict(decode.defines_of(fmt)) | more).items())), cluster, shared
+
+
+@cache
+def _plan(
+    fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None, dtype: torch.dtype, gated: bool
+) -> tuple[loader.CudaKernel, int, int, int]:
+    """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
+    sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
+    defines, cluster, shared = _instance(fmt, m, n, k, sms, arch, cluster, dtype, gated)
+    kernel = loader.load(loader.Source("small_m.cu", defines), "small_m", device)
     resident = kernel.resident(32 * WARPS, shared, cluster)
     grid = min(-(-n // ROWS), resident) * cluster
     return kernel, grid, sms if cluster == 1 and grid == 2 * sms else 0, shared

@@ -217,8 +217,22 @@ def why_not(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """The instance for a problem, on a GPU with as many multiprocessors as an H100."""
-    invariant = is_batch_invariant()
-    return str(INVARIANT if invariant else config_for(problem.weight, problem.m, problem.n, problem.k, 132))
+    return str(_config(problem.weight, problem.m, problem.n, problem.k, 132))
+
+
+def sources(problem: Problem, sms: int) -> list[loader.Source]:
+    """What is compiled for a problem on a GPU with `sms` multiprocessors."""
+    return [_source(problem.weight, _config(problem.weight, problem.m, problem.n, problem.k, sms), problem.dtype)]
+
+
+def _config(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
+    return INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, sms)
+
+
+def _source(fmt: Format, c: Config, dtype: torch.dtype) -> loader.Source:
+    defines = constants(fmt, c)
+    assert not isinstance(defines, str), defines
+    return loader.Source("wgmma.cu", (*defines, ("FP16", int(dtype == torch.float16))), instruction(c.tokens, dtype))
 
 
 def wgmma(
@@ -246,9 +260,7 @@ def launch(
     """
     m, k = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if config is None:
-        config = INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, multiprocessors(x.device))
-    c = config
+    c = config or _config(fmt, m, n, k, multiprocessors(x.device))
     a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
     step = 4 * decode.chunk(fmt)
     steps, token_tiles = -(-k // step), -(-m // c.tokens)
@@ -289,9 +301,5 @@ _launches = itertools.count(secrets.randbits(62) + 1)
 @cache
 def _kernels(fmt: Format, c: Config, device: int, dtype: torch.dtype) -> tuple[loader.CudaKernel, loader.CudaKernel]:
     """The kernel that lays out activations, and the product."""
-    defines = constants(fmt, c)
-    assert not isinstance(defines, str), defines
-    defines += (("FP16", int(dtype == torch.float16)),)
-    prelude = instruction(c.tokens, dtype)
-    pack = loader.load("wgmma.cu", "pack_x", defines, device, prelude)
-    return pack, loader.load("wgmma.cu", "wgmma_kernel", defines, device, prelude)
+    source = _source(fmt, c, dtype)
+    return loader.load(source, "pack_x", device), loader.load(source, "wgmma_kernel", device)
