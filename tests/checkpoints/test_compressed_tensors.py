@@ -267,6 +267,20 @@ def test_one_group_per_scheme(tmp_path: Path) -> None:
     }
 
 
+def test_the_class_is_not_named_where_experts_stay_float(tmp_path: Path) -> None:
+    """Readers hold experts as linear layers, so `Linear` would say that they are quantized."""
+    experts = model()
+    experts.register_module("experts", nn.Module())
+    experts.experts.register_parameter("gate_up_proj", nn.Parameter(torch.zeros(4, 16, 8)))  # type: ignore[union-attr,operator]
+    found = {}
+    for name, module in (("plain", model()), ("experts", experts)):
+        quantize_(module, {"lm_head": None, "_default": "int8wo"}, measure=False)
+        save(module, tmp_path / name)
+        section = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        found[name] = section["config_groups"]["group_0"]["targets"]
+    assert found == {"plain": ["Linear"], "experts": ["block.up", "block.down"]}
+
+
 def test_describe_and_resolve_are_inverse() -> None:
     acts = [
         "", "int8:row", "int8:row:asym", "int8:tensor@static", "int8:tensor", "float8_e4m3:row", "float8_e4m3:tensor",

@@ -66,7 +66,7 @@ def plan(model: nn.Module, path: Path) -> Plan:
         return Plan(tensors, weights, tied, None)
     if standard:
         names = [name.removesuffix(".weight") for name in weights]
-        by_class = all(type(layers[name]) is nn.Linear for name in names)
+        by_class = all(type(layers[name]) is nn.Linear for name in names) and not _has_experts(model)
         return Plan(tensors, weights, tied, section(weights, _plain_linears(model), by_class))
     return Plan(tensors, weights, tied, own.canonical_section(weights))
 
@@ -175,6 +175,17 @@ def _inexact(leaves: list[Leaf], w: QuantizedTensor) -> dict[str, float]:
             if not torch.equal(leaf.from_disk(leaf.to_disk(value)), value):
                 out[leaf.plane] = float(value)
     return out
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether there are weights of several matrices in one tensor, which readers that split them up take for linear
+    layers: a group that names the class would then include them."""
+    return any(
+        p.dim() == 3 and not isinstance(p, QuantizedTensor)
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for p in module.parameters(recurse=False)
+    )
 
 
 def _plain_linears(model: nn.Module) -> list[str]:
