@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -261,36 +262,25 @@ def launch(
     m, k = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     c = config or _config(fmt, m, n, k, multiprocessors(x.device))
+    plan = _plan(fmt, c, m, n, k, x.device.index, x.dtype)
     a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
-    step = 4 * decode.chunk(fmt)
-    steps, token_tiles = -(-k // step), -(-m // c.tokens)
-    if steps < c.split:
-        raise ValueError(f"K = {k} has {steps} steps of {step}, too few for {c.split} blocks to share")
-    tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
-    # A block that shares a tile along K has no other.
-    blocks = tiles * c.split if c.split > 1 else min(tiles * units, multiprocessors(x.device) * c.blocks)
-    # Images of the activations, the sums of tiles that blocks share, and flags that tell of these.
-    images = 0 if c.own_order else 2 * token_tiles * c.tokens * steps * step
-    exchange = c.cut or c.split > 1
-    sums, flags = (4 * blocks * c.rows * c.tokens, 8 * blocks * c.warpgroups * c.split) if exchange else (0, 0)
-    work = torch.empty(images + sums + flags, dtype=torch.uint8, device=x.device)
-    at = work.data_ptr()
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    work = torch.empty(plan.images + plan.sums + plan.flags, dtype=torch.uint8, device=x.device)
+    at, pointer, number = work.data_ptr(), ctypes.c_void_p, ctypes.c_int
     capturing = torch.cuda.is_current_stream_capturing()
-    pack, kernel = _kernels(fmt, c, x.device.index, x.dtype)
     with on_device(x):
         if c.own_order:
             tensor_map = loader.tensor_map(a.x, m, k, c.tokens)
         else:
             tensor_map = loader.TensorMap()
-            # A thread for every 16 bytes of the images.
-            packing = pointer(a.x), pointer(at), number(m), number(k), number(steps * step // 64)
-            pack(-(-images // 4096), 256, *packing, early=capturing)
+            packing = pointer(a.x), pointer(at), number(m), number(k), number(plan.images_of_tile)
+            # A thread for every 16 bytes.
+            plan.pack(-(-plan.images // 4096), 256, *packing, early=capturing)
             a.x = at
-        shares = pointer(at + images), pointer(at + images + sums), ctypes.c_uint64(next(_launches)), number(int(c.cut))
+        sums = at + plan.images
+        shares = pointer(sums), pointer(sums + plan.sums), ctypes.c_uint64(next(_launches)), number(int(c.cut))
         # Weights are read before the kernel ahead has ended. Outside of graphs, that kernel is ours or none.
         early = capturing or not c.own_order
-        kernel(blocks, c.threads, a, tensor_map, *shares, early=early, shared=stages(fmt, c).shared)
+        plan.kernel(plan.blocks, c.threads, a, tensor_map, *shares, early=early, shared=plan.shared)
     return y
 
 
@@ -298,8 +288,41 @@ def launch(
 _launches = itertools.count(secrets.randbits(62) + 1)
 
 
+class Plan(NamedTuple):
+    """What launches of one kind have in common.
+
+    Attributes:
+        pack, kernel: what lays out activations, and the product.
+        blocks, shared: of the product, and bytes of dynamic shared memory of each.
+        images, sums, flags: bytes of memory for activations that are laid out, for the sums of tiles that blocks share,
+            and for flags that tell of these.
+        images_of_tile: of 64 weights each.
+    """
+
+    pack: loader.CudaKernel
+    kernel: loader.CudaKernel
+    blocks: int
+    shared: int
+    images: int
+    sums: int
+    flags: int
+    images_of_tile: int
+
+
 @cache
-def _kernels(fmt: Format, c: Config, device: int, dtype: torch.dtype) -> tuple[loader.CudaKernel, loader.CudaKernel]:
-    """The kernel that lays out activations, and the product."""
-    source = _source(fmt, c, dtype)
-    return loader.load(source, "pack_x", device), loader.load(source, "wgmma_kernel", device)
+def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
+    step = 4 * decode.chunk(fmt)
+    steps, token_tiles = -(-k // step), -(-m // c.tokens)
+    if steps < c.split:
+        raise ValueError(f"K = {k} has {steps} steps of {step}, too few for {c.split} blocks to share")
+    tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
+    most = multiprocessors(torch.device("cuda", device)) * c.blocks
+    # A block that shares a tile along K has no other.
+    blocks = tiles * c.split if c.split > 1 else min(tiles * units, most)
+    images = 0 if c.own_order else 2 * token_tiles * c.tokens * steps * step
+    sums, flags = 4 * blocks * c.rows * c.tokens, 8 * blocks * c.warpgroups * c.split
+    if not c.cut and c.split == 1:
+        sums = flags = 0
+    source, shared = _source(fmt, c, dtype), stages(fmt, c).shared
+    pack, kernel = loader.load(source, "pack_x", device), loader.load(source, "wgmma_kernel", device)
+    return Plan(pack, kernel, blocks, shared, images, sums, flags, steps * step // 64)
