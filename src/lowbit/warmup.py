@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from lowbit.configs import Scheme
 from lowbit.errors import see
-from lowbit.kernels.cuda.loader import Source, compile_ahead
 from lowbit.kernels.problem import Problem
-from lowbit.kernels.select import select
-from lowbit.kernels.triton.launch import multiprocessors
+from lowbit.kernels.select import compile_ahead, select
 from lowbit.ops import problem_of
 from lowbit.tensor import QuantizedTensor
 
@@ -85,7 +83,7 @@ def warmup(
         )
     started = time.perf_counter()
     runs = [(*layer, m) for layer in layers for m in sorted(set(tokens))]
-    _compile([(weight, m, dtype or weight.dtype) for _, weight, _, m in runs])
+    compile_ahead((weight.device, _problem(weight, m, dtype or weight.dtype)) for _, weight, _, m in runs)
     used: dict[str, set[int]] = {}
     for i, (name, weight, bias, m) in enumerate(runs):
         if progress is not None:
@@ -117,19 +115,6 @@ def _kinds(model: nn.Module) -> list[tuple[str, QuantizedTensor, Tensor | None]]
 def _layout(t: Tensor) -> tuple[object, ...]:
     """What Triton compiles separate code for. On CPUs one code takes all, and addresses are aligned by chance."""
     return (t.dtype, t.stride(), t.data_ptr() % 16 == 0) if t.is_cuda else (t.dtype,)
-
-
-def _compile(runs: Iterable[tuple[QuantizedTensor, int, torch.dtype]]) -> None:
-    """Compile the CUDA C++ of all runs on all cores, before these need it one after the other."""
-    sources: dict[tuple[int, int], list[Source]] = {}
-    for weight, m, dtype in runs:
-        if weight.is_cuda:
-            problem = _problem(weight, m, dtype)
-            kernel, arch = select(problem).kernel, problem.arch
-            if kernel.sources is not None and arch is not None:
-                sources.setdefault(arch, []).extend(kernel.sources(problem, multiprocessors(weight.device)))
-    for arch, found in sources.items():
-        compile_ahead(found, arch)
 
 
 def _problem(weight: QuantizedTensor, m: int, dtype: torch.dtype) -> Problem:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -19,9 +19,10 @@ import torch
 
 from lowbit.errors import see
 from lowbit.kernels.cpu import native
-from lowbit.kernels.cuda import small_m, wgmma
+from lowbit.kernels.cuda import loader, small_m, wgmma
 from lowbit.kernels.cuda.loader import Source
 from lowbit.kernels.problem import Problem, UnsupportedError, is_batch_invariant
+from lowbit.kernels.triton.launch import multiprocessors
 
 
 @dataclass(frozen=True)
@@ -262,3 +263,14 @@ def _select(problem: Problem, forced: str | None, invariant: bool) -> Choice:
         rejected.append((kernel.name, reason))
     lines = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
     raise UnsupportedError(f"no kernel for {problem}:\n{lines}" + see("no-kernel"))
+
+
+def compile_ahead(problems: Iterable[tuple[torch.device, Problem]]) -> None:
+    """Compile the CUDA C++ of these problems on all cores, before their runs need it one after the other."""
+    sources: dict[tuple[int, int], list[Source]] = {}
+    for device, problem in problems:
+        kernel = select(problem).kernel
+        if kernel.sources is not None and problem.arch is not None:
+            sources.setdefault(problem.arch, []).extend(kernel.sources(problem, multiprocessors(device)))
+    for arch, found in sources.items():
+        loader.compile_ahead(found, arch)
