@@ -83,17 +83,21 @@ def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str
 
 
 def own_order_cost(fmt: Format) -> float | None:
-    """How many times as long decoding takes for activations in their own order, as measured on an H100.
+    """How many times as long decoding takes for activations in their own order, on an H100.
 
-    None where the products of `decode.cuh` cannot meet these: for codes that are not of 4 or 8 bits in one plane, and
-    groups of fewer than 32.
+    From times of `cuda_wgmma` both ways; for integers in groups of 32 from counts of instructions, 325 instead of 199
+    of a warp for 128 weights of its 16 rows (246 instead of 201 in groups of 128). None where the products of
+    `decode.cuh` cannot meet such activations: for codes that are not of 4 or 8 bits in one plane, and groups of fewer
+    than 32.
     """
     e, group = fmt.element, fmt.plane("scale").k
     if e.bits not in (4, 8) or len(e.code_planes) > 1 or e.vector > 1 or (group is not None and group % 32):
         return None
     if e.bits == 8:
         return 1.8
-    return 1.12 if isinstance(e, IntElement) else 1.6 if isinstance(e, TableElement) else 4.0
+    if isinstance(e, IntElement):
+        return 1.12 if group is None or group >= 64 else 2.5
+    return 1.6 if isinstance(e, TableElement) else 4.0
 
 
 def defines_of(fmt: Format) -> Defines:
