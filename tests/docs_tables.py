@@ -261,6 +261,25 @@ def steps_rows() -> list[Cells]:
     return rows
 
 
+def activation_rows() -> list[Cells]:
+    """Of `accuracy.py` for quantized activations: what algorithms bring back of what rounding loses in perplexity.
+
+    8-bit ones are to stay within 0.5 % of bf16, of 4-bit ones half of the gap is to close.
+    """
+    _, result = newest("cpu_*_accuracy_activations.json")
+    base = result["rows"][0]["perplexity"]
+    rtn = {r["config"]: r["perplexity"] for r in result["rows"] if r["algorithm"] == "rtn"}
+    rows: list[Cells] = []
+    for r in result["rows"][1:]:
+        config, algorithm, perplexity = r["config"], r["algorithm"], r["perplexity"]
+        loss, closed = perplexity / base - 1, (rtn[config] - perplexity) / (rtn[config] - base)
+        met = closed >= 0.5 if "4" in config else loss <= 0.005
+        words = ("", "") if algorithm == "rtn" else (f"{100 * closed:.0f} %", "met" if met else "missed")
+        kl = f"{r['kl_mean']:.3f} ({perplexity:.1f})"
+        rows.append((f"`{config}`", f"`{algorithm}`", kl, f"{100 * loss:+.1f} %", *words))
+    return rows
+
+
 def fault_rows() -> list[Cells]:
     """Of `faults.py`: how often each promise was kept."""
     _, result = newest("cpu_*_faults.json")
@@ -329,6 +348,11 @@ TABLES = {
     ),
     "accuracy": Table("docs/accuracy.md", ("config", "bits per weight", "rtn", "mse", "hqq", "gptq"), accuracy_rows),
     "steps": Table("docs/accuracy.md", ("config", "algorithm", "KL (perplexity)", "measured", "goal", ""), steps_rows),
+    "activations": Table(
+        "docs/accuracy.md",
+        ("config", "algorithm", "KL (perplexity)", "over bf16", "of the gap closed", ""),
+        activation_rows,
+    ),
     "autoquant": Table(
         "docs/autoquant.md",
         ("config", "MB", "KL measured", "MB chosen", "KL predicted", "KL chosen, measured", "chosen loses"),
