@@ -237,27 +237,32 @@ def accuracy_rows() -> list[Cells]:
     ]
 
 
+def against_rounding(pattern: str) -> list[tuple[Any, float, float]]:
+    """Rows of `accuracy.py` behind the first, bf16's: how far perplexity is above that, and the share of what rounding
+    loses that is brought back."""
+    base, *rows = newest(pattern)[1]["rows"]
+    lost = {r["config"]: r["perplexity"] - base["perplexity"] for r in rows if r["algorithm"] == "rtn"}
+    above = [r["perplexity"] - base["perplexity"] for r in rows]
+    return [(r, a / base["perplexity"], 1 - a / lost[r["config"]]) for r, a in zip(rows, above)]
+
+
 def steps_rows() -> list[Cells]:
     """Of `accuracy.py` with steps before the rounding: what was lost, and whether the goal is met.
 
     Of int4, the share of rounding's loss in perplexity that is brought back; of 8-bit activations, the loss itself.
     """
-    _, result = newest("cpu_*_accuracy_steps.json")
-    base = result["rows"][0]["perplexity"]
-    rtn = {r["config"]: r["perplexity"] for r in result["rows"] if r["algorithm"] == "rtn"}
     rows: list[Cells] = []
-    for r in result["rows"][1:]:
-        config, algorithm, perplexity = r["config"], r["algorithm"], r["perplexity"]
+    for r, loss, closed in against_rounding("cpu_*_accuracy_steps.json"):
+        config, algorithm = r["config"], r["algorithm"]
         if config.startswith("int4"):
             goal = 0.7 if "+" in algorithm or algorithm == "align" else 0.6
-            got = (rtn[config] - perplexity) / (rtn[config] - base)
-            words, met = (f"{100 * got:.0f} % of the gap closed", f">= {100 * goal:.0f} %"), got >= goal
+            words, met = (f"{100 * closed:.0f} % of the gap closed", f">= {100 * goal:.0f} %"), closed >= goal
         else:
-            goal, got = (0.01 if algorithm == "rtn" else 0.005), perplexity / base - 1
-            words, met = (f"{100 * got:+.1f} % perplexity", f"<= {100 * goal:.1f} %"), got <= goal
+            goal = 0.01 if algorithm == "rtn" else 0.005
+            words, met = (f"{100 * loss:+.1f} % perplexity", f"<= {100 * goal:.1f} %"), loss <= goal
         verdict = "" if algorithm == "rtn" and config.startswith("int4") else "met" if met else "missed"
-        loss = f"{r['kl_mean']:.3f} ({perplexity:.1f})"
-        rows.append((f"`{config}`", f"`{algorithm}`", loss, *(words if verdict else ("", "")), verdict))
+        kl = f"{r['kl_mean']:.3f} ({r['perplexity']:.1f})"
+        rows.append((f"`{config}`", f"`{algorithm}`", kl, *(words if verdict else ("", "")), verdict))
     return rows
 
 
@@ -266,16 +271,12 @@ def activation_rows() -> list[Cells]:
 
     8-bit ones are to stay within 0.5 % of bf16, of 4-bit ones half of the gap is to close.
     """
-    _, result = newest("cpu_*_accuracy_activations.json")
-    base = result["rows"][0]["perplexity"]
-    rtn = {r["config"]: r["perplexity"] for r in result["rows"] if r["algorithm"] == "rtn"}
     rows: list[Cells] = []
-    for r in result["rows"][1:]:
-        config, algorithm, perplexity = r["config"], r["algorithm"], r["perplexity"]
-        loss, closed = perplexity / base - 1, (rtn[config] - perplexity) / (rtn[config] - base)
+    for r, loss, closed in against_rounding("cpu_*_accuracy_activations.json"):
+        config, algorithm = r["config"], r["algorithm"]
         met = closed >= 0.5 if "4" in config else loss <= 0.005
         words = ("", "") if algorithm == "rtn" else (f"{100 * closed:.0f} %", "met" if met else "missed")
-        kl = f"{r['kl_mean']:.3f} ({perplexity:.1f})"
+        kl = f"{r['kl_mean']:.3f} ({r['perplexity']:.1f})"
         rows.append((f"`{config}`", f"`{algorithm}`", kl, f"{100 * loss:+.1f} %", *words))
     return rows
 

@@ -98,8 +98,13 @@ def _float8(side: int, device: torch.device) -> list[Call]:
     return [call] * 2
 
 
-def _int8(side: int, device: torch.device) -> list[Call]:
+def _int8_squares(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     a, b = ((t * 40).clamp(-128, 127).to(torch.int8) for t in _squares(side, device))
+    return a, b
+
+
+def _int8(side: int, device: torch.device) -> list[Call]:
+    a, b = _int8_squares(side, device)
     return [partial(torch._int_mm, a, b.T)] * 2
 
 
@@ -107,7 +112,7 @@ def _int8_in_triton(side: int, device: torch.device) -> list[Call]:
     """The library's products of integers are not the fastest there are: on an H100 lowbit's own reach a tenth more."""
     from lowbit.kernels.triton import scaled_mm
 
-    a, b = ((t * 40).clamp(-128, 127).to(torch.int8) for t in _squares(side, device))
+    a, b = _int8_squares(side, device)
     one = torch.ones(1, 1, device=device)
     return [partial(scaled_mm.matmul, a, one, b, one, None, torch.bfloat16)] * 2
 

@@ -357,14 +357,16 @@ __device__ __forceinline__ Factor factor_of(float scale) {
     return {pair_of_exact(scale), 0};
 }
 
-// Pair j of octet o times a scale that is finer than a step.
+// A decoded pair times a scale that is finer than a step.
+__device__ __forceinline__ u32 scaled(u32 w, Factor f) { return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high); }
+
+// Pair j of octet o times its scale.
 __device__ __forceinline__ u32 decode_scaled(const Chunk &c, int o, int j, u32 base, u32 table, Factor f) {
     if constexpr (FOLDED && KIND == INT) {
         const int place = place_of(o, j);
         return fma2(integer_bits(c, o, j), place ? mul2(f.high, power(-place)) : f.high, f.low);
     }
-    const u32 w = decode(c, o, j, base, table);
-    return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high);
+    return scaled(decode(c, o, j, base, table), f);
 }
 
 // Activations in their own order: in a product of 16 weights of a row, lane q of a quad has weights 2q and 2q + 1 of both
@@ -402,8 +404,7 @@ __device__ __forceinline__ u32 decode_own(const u32 *words, int j, u32 select, u
 
 __device__ __forceinline__ u32 decode_own_scaled(const u32 *words, int j, u32 select, u32 base, u32 table, Factor f) {
     if constexpr (FOLDED && KIND == INT) return fma2(own_bits(words, j, select), BITS == 4 ? mul2(f.high, power_own(0)) : f.high, f.low);
-    const u32 w = decode_own(words, j, select, base, table);
-    return TWO_FACTORS ? fma2(w, f.high, mul2(w, f.low)) : mul2(w, f.high);
+    return scaled(decode_own(words, j, select, base, table), f);
 }
 
 // Small elements that lie side by side, in one load: COUNT of BYTES each, the first at a multiple of COUNT * BYTES.

@@ -237,9 +237,14 @@ _EARLY = _LaunchAttribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STR
 
 
 @cache
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
 def _launcher() -> Any:
     """`cuLaunchKernelEx` through ctypes, whose structures are filled faster than those of cuda.bindings."""
-    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch = _libcuda().cuLaunchKernelEx
     launch.argtypes, launch.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
     return launch
 
@@ -257,7 +262,7 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int) -> TensorMa
     Rows of a box have 128 bytes in shared memory, whose 16-byte pieces are swizzled; what lies outside the matrix is 0.
     It holds no tensor: where memory is used again, the same address means the same map.
     """
-    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    encode = _libcuda().cuTensorMapEncodeTiled
     longs, ints = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
     memory = ctypes.create_string_buffer(128 + 64)
     aligned = -(-ctypes.addressof(memory) // 64) * 64

@@ -268,7 +268,7 @@ def launch(
     at, pointer, number = work.data_ptr(), ctypes.c_void_p, ctypes.c_int
     capturing = torch.cuda.is_current_stream_capturing()
     with on_device(x):
-        if c.own_order:
+        if plan.pack is None:
             tensor_map = loader.tensor_map(a.x, m, k, c.tokens)
         else:
             tensor_map = loader.TensorMap()
@@ -292,14 +292,14 @@ class Plan(NamedTuple):
     """What launches of one kind have in common.
 
     Attributes:
-        pack, kernel: what lays out activations, and the product.
+        pack, kernel: what lays out activations, if they have to be, and the product.
         blocks, shared: of the product, and bytes of dynamic shared memory of each.
         images, sums, flags: bytes of memory for activations that are laid out, for the sums of tiles that blocks share,
             and for flags that tell of these.
         images_of_tile: of 64 weights each.
     """
 
-    pack: loader.CudaKernel
+    pack: loader.CudaKernel | None
     kernel: loader.CudaKernel
     blocks: int
     shared: int
@@ -324,5 +324,6 @@ def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: to
     if not c.cut and c.split == 1:
         sums = flags = 0
     source, shared = _source(fmt, c, dtype), stages(fmt, c).shared
-    pack, kernel = loader.load(source, "pack_x", device), loader.load(source, "wgmma_kernel", device)
+    pack = None if c.own_order else loader.load(source, "pack_x", device)
+    kernel = loader.load(source, "wgmma_kernel", device)
     return Plan(pack, kernel, blocks, shared, images, sums, flags, steps * step // 64)
