@@ -1,24 +1,40 @@
-"""Configs per layer against one config for all: size and KL divergence of a real model.
+"""Configs and algorithms per layer against one of them for all: size, time and KL divergence of a real model.
 
     python benchmarks/autoquant.py MODEL --out benchmarks/results/NAME.json
 
-Sensitivities are measured on the end of the packaged text, the whole models on its beginning. For each uniform config
-the plan of at most its bytes is measured.
+What is evaluated, what sensitivities are measured on and what algorithms see are different parts of the packaged text,
+or of the files given. For each config there are uniform models, one per algorithm, the plan of at most their bytes, and
+the plan of at most their time. In the end the layers of all of them are timed in turns. Measurements that the output
+file has already are kept: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from lowbit.tools.autoquant import FLOAT, autoquant, measured
-from lowbit.tools.evaluate import held_out_text, reference_of
+from lowbit.recipe import parse_recipe
+from lowbit.specs import parse_config
+from lowbit.tools.autoquant import (
+    FLOAT,
+    Candidate,
+    Group,
+    Measurements,
+    Plan,
+    autoquant,
+    candidate_name,
+    layers_us,
+    quantized_by,
+)
+from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
 from lowbit.tools.sources import find_source
 
 
@@ -26,31 +42,73 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--configs", default="int3wo-64,int4wo-128,int4wo-32,int6wo-128,int8wo")
+    parser.add_argument("--configs", default="int3wo-64,int4wo-128,int4wo-32,int8wo")
+    parser.add_argument("--algorithms", default="rtn,awq+gptq")
+    parser.add_argument("--text", type=Path, help="what is evaluated; default: the packaged prose")
+    parser.add_argument("--calibration", type=Path, help="the other text; default: the end of the packaged prose")
     parser.add_argument("--tokens", type=int, default=1024, help="of the evaluation")
-    parser.add_argument("--calibration-tokens", type=int, default=256)
+    parser.add_argument("--calibration-tokens", type=int, default=256, help="that sensitivities are measured on")
+    parser.add_argument("--algorithm-tokens", type=int, default=4096, help="that algorithms see")
     args = parser.parse_args()
     source, started = find_source(args.model), time.perf_counter()
-    model = source.model()
-    ids = torch.tensor(source.tokenizer().encode(held_out_text()))
-    configs = args.configs.split(",")
-    found = autoquant(model, ids[-args.calibration_tokens :], configs, window=args.calibration_tokens)
-    seconds = time.perf_counter() - started
-    print(f"measured in {seconds:.0f} s", flush=True)
-    reference, rows = reference_of(model, ids[: args.tokens]), []
-    info = {
-        "command": " ".join(["python", *sys.argv]), "model": "SmolLM2-135M-Instruct" if args.model == "demo" else
-        args.model, "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds_measuring": seconds,
-        "date": time.strftime("%Y-%m-%d"), "float_bytes": found.uniform(FLOAT).bytes,
-    }  # fmt: skip
-    for config in [g.config for g in found.groups[0].candidates if g.config != FLOAT]:
-        uniform = measured(model, found, found.uniform(config), reference)
-        plan = measured(model, found, found.within(max_bytes=uniform.bytes), reference)
-        rows.append({"config": config, "uniform": dataclasses.asdict(uniform), "chosen": dataclasses.asdict(plan)})
-        print(config, uniform.bytes, uniform.kl, uniform.measured_kl, plan.bytes, plan.kl, plan.measured_kl, flush=True)
-        out = {"info": info, "rows": rows, "groups": [dataclasses.asdict(g) for g in found.groups]}
+    model, encode = source.model(), source.tokenizer().encode
+    ids = torch.tensor(encode(args.text.read_text() if args.text else held_out_text()))
+    other = torch.tensor(encode(args.calibration.read_text())) if args.calibration else ids[len(ids) // 2 :]
+    specs, words = [parse_config(c).spec for c in args.configs.split(",")], args.algorithms.split(",")
+    needy = any(parse_recipe(word).needs_batches for word in words)
+    batches = list(other[: args.algorithm_tokens][None].split(1024, 1)) if needy else None
+    out: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+
+    def save() -> None:
         args.out.write_text(json.dumps(out, indent=1) + "\n")
+
+    if "groups" not in out:
+        sensitive = other[-args.calibration_tokens :]
+        found = autoquant(model, sensitive, specs, algorithms=words, batches=batches, window=1024, progress=tell)
+        out["info"] = {
+            "command": " ".join(["python", *sys.argv]), "model": source.path.resolve().name,
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+            "seconds_measuring": time.perf_counter() - started, "float_bytes": found.uniform(FLOAT).bytes,
+            "tokens": args.tokens, "calibration_tokens": args.calibration_tokens,
+            "algorithm_tokens": args.algorithm_tokens, "text": args.text.name if args.text else "packaged",
+            "calibration": args.calibration.name if args.calibration else "packaged",
+        }  # fmt: skip
+        out["groups"] = [asdict(g) for g in found.groups]
+        save()
+    groups = [Group(tuple(g["layers"]), tuple(Candidate(**c) for c in g["candidates"])) for g in out["groups"]]
+    found = Measurements(tuple(groups), 1)
+    reference = reference_of(model, ids[: args.tokens])
+    kls = {tuple(r["choices"]): r["measured_kl"] for r in out["rows"]}
+    models: dict[tuple[str, ...], nn.Module] = {}
+
+    def add(name: str, plan: Plan) -> Plan:
+        """A row of a whole model, which is kept for its time."""
+        models[plan.choices] = quantized_by(model, found, plan, batches)
+        if plan.choices not in kls:
+            kls[plan.choices] = evaluate(models[plan.choices], reference.ids, reference).kl_mean
+        plan = replace(plan, measured_kl=kls[plan.choices])
+        out["rows"] = [r for r in out["rows"] if r["name"] != name] + [{"name": name, **asdict(plan)}]
+        save()
+        print(f"{name:40} {plan.bytes / 1e6:8.2f} MB {plan.us / 1e3:8.3f} ms KL {plan.kl:.4f}, measured "
+              f"{plan.measured_kl:.4f}", flush=True)  # fmt: skip
+        return plan
+
+    for spec in specs:
+        alike = [add(candidate_name(spec, word), found.uniform(candidate_name(spec, word))) for word in words]
+        add(f"bytes of {spec}", found.within(max_bytes=alike[0].bytes))
+        add(f"time of {spec}", found.within(max_us=alike[0].us))
+    names = list(found.rules(found.uniform(FLOAT)))
+    times = layers_us({"float": model} | {str(i): m for i, m in enumerate(models.values())}, names, 1)
+    out["info"]["float_us"] = {"sum": found.uniform(FLOAT).us, "measured": times["float"]}
+    of = dict(zip(models, (times[str(i)] for i in range(len(models)))))
+    for row in out["rows"]:
+        row["measured_us"] = of[tuple(row["choices"])]
+    save()
     return 0
+
+
+def tell(done: int, total: int, what: str) -> None:
+    print(f"\r{done}/{total} {what:50}", end="\n" if done + 1 == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

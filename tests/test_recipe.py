@@ -13,7 +13,7 @@ from lowbit import Int8StaticActivationInt8WeightConfig, QuantizedTensor, quanti
 from lowbit.calibrate import Moments
 from lowbit.graph import decoder_graph
 from lowbit.models import Llama, LlamaConfig
-from lowbit.recipe import ROUNDINGS, STEPS, Recipe, parse_recipe
+from lowbit.recipe import ROUNDINGS, STEPS, Recipe, parse_recipe, recipes_of
 from lowbit.stages import run_stages
 
 WIDE = replace(CONFIG, hidden_size=96, intermediate_size=160)
@@ -78,6 +78,48 @@ def test_smoothquant_keeps_more_with_8_bit_activations() -> None:
 
 def test_all_steps_go_together() -> None:
     assert loss("rotation+awq+align+gptq") < loss("gptq")
+
+
+# By layer -----------------------------------------------------------------------------------------
+
+
+def test_words_by_layer_are_found_as_rules_are() -> None:
+    words = {"a.b": "awq", "re:a.*": "gptq", "re:.*d": "hqq", "_default": "mse"}
+    found = recipes_of(words, ["a.b", "a.d", "c.d", "e"])
+    assert {n: str(r) for n, r in found.by_layer.items()} == {"a.b": "awq+mse", "a.d": "gptq", "c.d": "hqq", "e": "mse"}
+    assert found.steps == ("awq",)
+    assert found.needs_batches
+    assert not recipes_of({"re:.*": "hqq"}, ["a"]).needs_batches
+    assert recipes_of({"a": "gptq"}, ["a", "b"]).by_layer["b"] == Recipe((), "rtn")
+
+
+def test_each_layer_gets_its_own_algorithm() -> None:
+    """Bit by bit what a call with that algorithm for all gives, in the first block, which sees the same inputs."""
+    models = {}
+    for word in ("gptq", "awq+gptq", "rtn", "mixed"):
+        models[word] = uneven()
+        by_layer = {"re:.*mlp.(gate|up)_proj": "awq+gptq", "re:.*self_attn.*": "gptq"}
+        algorithm = by_layer if word == "mixed" else word
+        quantize_(
+            models[word], {LAYERS: "int3wo-32"}, algorithm=algorithm, batches=None if word == "rtn" else batches()
+        )
+    # Not up: with awq for all, the scales of down's input are folded into it.
+    for part, word in (("self_attn.q_proj", "gptq"), ("mlp.gate_proj", "awq+gptq"), ("mlp.down_proj", "rtn")):
+        codes = {w: m.get_submodule(f"model.layers.0.{part}").weight.qdata_2bit for w, m in models.items()}
+        assert [w for w in codes if torch.equal(codes[w], codes["mixed"])] == [word, "mixed"]
+
+
+def test_words_by_layer_that_do_not_go_together_are_refused() -> None:
+    for words, match in (
+        ({"nothing": "gptq"}, r"match no layer.*'nothing'"), ({"re:.*q_proj": "rotation"}, "whole blocks"),
+        ({"re:.*q_proj": "awq+gptq", "_default": "gptq"}, "read one input"),
+        ({"_default": "best"}, "unknown algorithm"),
+        ({"_default": "awq", "re:.*down_proj": "smoothquant"}, "whole blocks"),
+    ):  # fmt: skip
+        model = tiny_llama()
+        with pytest.raises(ValueError, match=match):
+            quantize_(model, {LAYERS: "int4wo-16"}, algorithm=words, batches=batches())
+        assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())
 
 
 # What does not go together ------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from lowbit.formats.elements import FloatElement
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
 from lowbit.journal import Journal
 from lowbit.original import quantizing
-from lowbit.recipe import Recipe, parse_recipe, round_weight
+from lowbit.recipe import Recipes, recipes_of, round_weight
 from lowbit.report import LayerReport, Report
 from lowbit.resume import JournalKeeper
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
@@ -44,7 +44,7 @@ def quantize_(
     device: torch.device | str | None = None,
     *,
     calibration: Mapping[str, Statistics] | None = None,
-    algorithm: str = "rtn",
+    algorithm: str | Mapping[str, str] = "rtn",
     batches: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     on_nonfinite: Literal["error", "zero"] = "error",
@@ -71,7 +71,9 @@ def quantize_(
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
             Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
-            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"` (docs/algorithms.md).
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"` (docs/algorithms.md). A mapping of exact
+            names, `re:` patterns and `_default` gives layers their own, as autoquant chooses them; of steps, they may
+            differ in `"awq"`.
         batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them. The
             model must consist of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on
             the model's device.
@@ -93,7 +95,6 @@ def quantize_(
             batches and algorithm do not go together; or the journal is of another run. Nothing has been quantized then,
             and a model that was rotated already still computes the same.
     """
-    recipe = _checked_recipe(algorithm, batches, on_nonfinite, journal is not None)
     started = time.perf_counter()
     report, work = Report(), list[Work]()
     for name, module, chosen in plan_of(model, config, filter_fn):
@@ -107,10 +108,13 @@ def quantize_(
             )
         else:
             report.layers.append(skipped(name, module, reason or ""))
+    recipes = _checked_recipes(algorithm, work, batches, on_nonfinite, journal is not None)
     if on_nonfinite != "zero":
         _refuse_nonfinite(work)
-    _refuse_stale_scales(work, recipe)
-    graph = decoder_graph(model) if recipe.steps else None
+    _refuse_stale_scales(work, recipes)
+    graph = decoder_graph(model) if recipes.steps else None
+    if graph is not None:
+        _refuse_halved_inputs(graph, recipes)
 
     done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
     finished, total = 0, len(work)
@@ -123,6 +127,9 @@ def quantize_(
             progress(finished, total, item.name)
         finished += 1
         weight: nn.Parameter = item.module.weight  # type: ignore[assignment]
+        recipe = recipes.by_layer[item.name]
+        if not recipe.needs_batches:
+            moments = None
         key = (id(weight), item.scheme)
         if key in done:
             parameter, first = done[key]
@@ -143,13 +150,13 @@ def quantize_(
                 done[key] = (parameter, item.name)
         item.module.weight = parameter
 
-    if device is not None and (graph is not None or recipe.needs_batches):
+    if device is not None and (graph is not None or recipes.needs_batches):
         model.to(device)
-    if graph is not None and "rotation" in recipe.steps:
+    if graph is not None and "rotation" in recipes.steps:
         rotate_(model, graph)
     # A rotated model computes the same, so this is what is put back.
     with quantizing(model, _keeps(restore, device, work), report):
-        if recipe.needs_batches:
+        if recipes.needs_batches:
             waiting = {item.name: item for item in work}
 
             def visit(moments: dict[str, Moments]) -> None:
@@ -165,10 +172,10 @@ def quantize_(
 
             keeper, scales = KEEPS_NOTHING, Scales()
             if journal is not None:
-                run = _run_of(work, recipe, on_nonfinite, measure)
+                run = _run_of(work, algorithm, recipes, on_nonfinite, measure)
                 keeper = JournalKeeper(Journal(Path(journal)), model, graph, run, report, put, scales)
             formats = {item.name: item.scheme.weight for item in work}
-            _visit_inputs(model, recipe, graph, formats, batches or [], forward, visit, keeper, scales)
+            _visit_inputs(model, recipes, graph, formats, batches or [], forward, visit, keeper, scales)
             work = list(waiting.values())
         for item in work:
             convert(item)
@@ -181,23 +188,25 @@ def quantize_(
 
 
 def _visit_inputs(
-    model: nn.Module, recipe: Recipe, graph: DecoderGraph | None, formats: dict[str, Format], batches: Iterable[Any],
+    model: nn.Module, recipes: Recipes, graph: DecoderGraph | None, formats: dict[str, Format], batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] | None, visit: Callable[[dict[str, Moments]], None], keeper: Keeper,
     scales: Scales,
 ) -> None:  # fmt: skip
     """Call `visit` with the moments of every Linear that runs, as they are after the scaling that a recipe asks for;
     `scales` gets that of the layer at hand. What `keeper` has is passed over."""
 
+    scaled = {name: fmt for name, fmt in formats.items() if recipes.by_layer[name].scaling}
+
     def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
         scales.clear()
-        if recipe.scaling == "awq":
-            return awq_(model, layer, moments, formats, scales)
-        return smooth_(model, layer, moments, scales) if recipe.scaling == "smoothquant" else moments
+        if recipes.scaling == "awq":
+            return awq_(model, layer, moments, scaled, scales)
+        return smooth_(model, layer, moments, scales) if recipes.scaling == "smoothquant" else moments
 
     if graph is None:
         run_blocks(model, batches, visit, forward, keeper)
-    elif "align" in recipe.steps:
-        prepare = scale if recipe.scaling else None
+    elif "align" in recipes.steps:
+        prepare = scale if recipes.scaling else None
         run_stages(model, graph, batches, visit, forward, wanted=formats.keys(), prepare=prepare, keeper=keeper)
     else:
         layers = {name: layer for layer in graph.layers for stage in layer.stages for name in stage}
@@ -206,45 +215,63 @@ def _visit_inputs(
         )  # fmt: skip
 
 
-def _run_of(work: list[Work], recipe: Recipe, on_nonfinite: str, measure: bool) -> dict[str, Any]:
+def _run_of(
+    work: list[Work], algorithm: str | Mapping[str, str], recipes: Recipes, on_nonfinite: str, measure: bool
+) -> dict[str, Any]:
     """What this call asks for, as a journal compares it."""
 
     def spec(item: Work) -> str:
-        return item.scheme.spec if item.act_scale is None else f"{item.scheme.spec} at {item.act_scale!r}"
+        word = item.scheme.spec if item.act_scale is None else f"{item.scheme.spec} at {item.act_scale!r}"
+        return word if isinstance(algorithm, str) else f"{word} by {recipes.word_of(item.name)}"
 
-    asked = {"algorithm": str(recipe), "on_nonfinite": on_nonfinite, "measure": measure}
+    word = recipes.word_of(work[0].name) if isinstance(algorithm, str) else "by layer"
+    asked = {"algorithm": word, "on_nonfinite": on_nonfinite, "measure": measure}
     return {**asked, "layers": {item.name: spec(item) for item in work}}
 
 
-def _checked_recipe(algorithm: str, batches: Iterable[Any] | None, on_nonfinite: str, journal: bool) -> Recipe:
-    recipe = parse_recipe(algorithm)
-    if journal and not recipe.needs_batches:
+def _checked_recipes(
+    algorithm: str | Mapping[str, str], work: list[Work], batches: Iterable[Any] | None, on_nonfinite: str,
+    journal: bool,
+) -> Recipes:  # fmt: skip
+    recipes = recipes_of(algorithm, [item.name for item in work])
+    if journal and not recipes.needs_batches:
         raise ValueError(
             f"quantize_: a journal keeps blocks, and algorithm {algorithm!r} goes by layers; leave journal=... out, or "
             "choose one with 'gptq', 'awq', 'smoothquant' or 'align'" + see("bad-option")
         )
-    if recipe.needs_batches != (batches is not None):
+    if work and recipes.needs_batches != (batches is not None):
         raise ValueError(
             f"quantize_: algorithm {algorithm!r} "
-            + ("needs batches=..., typical inputs of the model" if recipe.needs_batches else "takes no batches")
+            + ("needs batches=..., typical inputs of the model" if recipes.needs_batches else "takes no batches")
             + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant' and 'align'" + see("bad-option")
         )  # fmt: skip
-    if recipe.steps and on_nonfinite == "zero":
+    if recipes.steps and on_nonfinite == "zero":
         raise ValueError(
             f"quantize_: on_nonfinite='zero' repairs weights one by one, {algorithm!r} mixes them before; repair the "
             "model first" + see("bad-option")
         )
-    return recipe
+    return recipes
 
 
-def _refuse_stale_scales(work: list[Work], recipe: Recipe) -> None:
-    moving = [s for s in recipe.steps if s != "align"]
+def _refuse_stale_scales(work: list[Work], recipes: Recipes) -> None:
+    moving = [s for s in recipes.steps if s != "align"]
     static = [item.name for item in work if item.act_scale is not None]
     if moving and static:
         raise ValueError(
             f"quantize_: {static[0]} has a static activation scale, measured before {' and '.join(moving)} change its "
             "input; use a config with dynamic activations" + see("bad-option")
         )
+
+
+def _refuse_halved_inputs(graph: DecoderGraph, recipes: Recipes) -> None:
+    """What is folded into a source meets all of its readers."""
+    for edge in graph.edges():
+        scaled = {n: recipes.by_layer[n].scaling for n in edge.readers if n in recipes.by_layer}
+        if len(set(scaled.values())) > 1:
+            raise ValueError(
+                f"quantize_: {', '.join(scaled)} read one input, which awq scales for all of them; name it for all or "
+                "for none" + see("bad-option")
+            )
 
 
 def _keeps(restore: bool | None, device: torch.device | str | None, work: list[Work]) -> bool:
@@ -266,8 +293,12 @@ class Work(NamedTuple):
 # One layer ---------------------------------------------------------------------------------------
 
 
-def quantize_layer_(name: str, module: nn.Module, config: Config) -> LayerReport:
+def quantize_layer_(
+    name: str, module: nn.Module, config: Config, rounding: str = "rtn", moments: Moments | None = None
+) -> LayerReport:
     """What `quantize_` does to one layer, for loaders that meet a model's weights one after the other.
+
+    `moments` are those of its inputs, which `"gptq"` needs; `"mse"` weighs errors by them.
 
     Raises:
         ValueError: the weight holds NaN or Inf, or the config needs a calibrated scale.
@@ -275,7 +306,7 @@ def quantize_layer_(name: str, module: nn.Module, config: Config) -> LayerReport
     item = Work(name, module, config.scheme, _static_scale(name, config, None))
     _refuse_nonfinite([item])
     weight: Tensor = module.weight  # type: ignore[assignment]
-    quantized, sqnr = _quantize_weight(weight, item, None, False, True, "rtn", None)
+    quantized, sqnr = _quantize_weight(weight, item, None, False, True, rounding, moments)
     module.weight = nn.Parameter(quantized, requires_grad=False)
     return _quantized(item, weight, quantized.nbytes_packed, sqnr)
 

@@ -8,6 +8,8 @@ in the one that its paper has.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,6 +47,61 @@ class Recipe:
     def needs_batches(self) -> bool:
         """Whether anything is chosen for inputs."""
         return self.rounding == "gptq" or bool({*self.steps} - {"rotation"})
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The recipe of every layer. `steps` are those that any of them has, and `scaling` is that of all that scale."""
+
+    by_layer: Mapping[str, Recipe]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        return tuple(s for s in STEPS if any(s in r.steps for r in self.by_layer.values()))
+
+    @property
+    def scaling(self) -> str | None:
+        return next((r.scaling for r in self.by_layer.values() if r.scaling), None)
+
+    @property
+    def needs_batches(self) -> bool:
+        return any(r.needs_batches for r in self.by_layer.values())
+
+    def word_of(self, layer: str) -> str:
+        return str(self.by_layer[layer])
+
+
+def recipes_of(algorithm: str | Mapping[str, str], layers: Sequence[str]) -> Recipes:
+    """The recipe of each of `layers`: one for all, or by name. Keys are exact names, `re:` patterns or `_default`, as
+    in the rules of configs; a layer that none of them names is rounded to nearest.
+
+    Raises:
+        ValueError: as `parse_recipe` does; a key matched nothing; or layers differ in a step that is done to whole
+            blocks, which is every one but `awq`.
+    """
+    if isinstance(algorithm, str):
+        return Recipes(dict.fromkeys(layers, parse_recipe(algorithm)))
+    words = {key: parse_recipe(word) for key, word in algorithm.items()}
+    found, used = dict[str, Recipe](), {"_default"}
+    for layer in layers:
+        key = layer if layer in words else next(
+            (k for k in words if k.startswith("re:") and re.fullmatch(k[3:], layer)), "_default"
+        )  # fmt: skip
+        used.add(key)
+        found[layer] = words.get(key, Recipe((), "rtn"))
+    if unmatched := sorted(set(words) - used):
+        raise ValueError(
+            f"quantize_: algorithms for names that match no layer to be quantized: {unmatched}"
+            + see("rule-without-match")
+        )
+    shared = {tuple(s for s in r.steps if s != "awq"): layer for layer, r in found.items()}
+    if len(shared) > 1:
+        (a, first), (b, second), *_ = shared.items()
+        raise ValueError(
+            f"quantize_: {first} has the steps {list(a)} and {second} has {list(b)}; of steps, layers may differ in "
+            "'awq' alone, because the others change whole blocks. Give the others to all layers" + see("bad-option")
+        )
+    return Recipes(found)
 
 
 def parse_recipe(algorithm: str) -> Recipe:

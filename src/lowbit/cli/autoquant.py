@@ -1,4 +1,4 @@
-"""`lowbit autoquant`: a config for every layer under a budget."""
+"""`lowbit autoquant`: a config and an algorithm for every layer under a budget."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from rich import box
 from rich.table import Table
 
 from lowbit.cli.output import Debug, Device, Dtype, Json, Model, command, emit_json, megabytes, progress_bar, stdout
+from lowbit.cli.weights import calibration_batches
 from lowbit.errors import see
-from lowbit.tools.autoquant import FLOAT, Plan, measured, save_rules
+from lowbit.recipe import ROUNDINGS, parse_recipe
+from lowbit.tools.autoquant import Plan, measured, save_plan
 from lowbit.tools.autoquant import autoquant as measure
 from lowbit.tools.autoquant_plot import plot_front
 from lowbit.tools.bench_plot import check_plot
@@ -25,19 +27,27 @@ from lowbit.tools.sources import find_source, parse_dtype
 def autoquant(
     model: Model,
     configs: Annotated[str, typer.Option(help="What layers may become, joined by commas.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file of rules, for lowbit quantize --rules.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file for lowbit quantize --rules.")],
+    algorithms: Annotated[
+        str, typer.Option(help=f"How they may be rounded: {', '.join(ROUNDINGS)}, or awq before one, joined by commas.")
+    ] = "rtn",
     budget_mb: Annotated[float | None, typer.Option(help="Megabytes (1e6 bytes) of the layers' weights.")] = None,
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds of the layers' matmuls in a step.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Nats of predicted KL divergence; the smallest then.")] = None,
     tokens: Annotated[int, typer.Option(help="Rows of a matmul whose time is measured.")] = 1,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens that sensitivities are measured on.")] = 256,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq see; default: the packaged prose.")
+    ] = None,
+    algorithm_tokens: Annotated[int, typer.Option(help="How much of it.")] = 8192,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Size and KL of all plans: svg, png, pdf.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Choose a config per layer by measured size, time and KL divergence; by speed alone without a budget."""
+    """Choose a config and an algorithm per layer by measured size, time and KL divergence; by speed alone without a
+    budget."""
     if sum(b is not None for b in (budget_mb, budget_ms, max_kl)) > 1:
         raise ValueError("give one of --budget-mb, --budget-ms and --max-kl" + see("bad-option"))
     if calibration_tokens < 2 or tokens < 1:
@@ -48,32 +58,36 @@ def autoquant(
     loaded = source.model(parse_dtype(dtype), device)
     ids = torch.tensor(source.tokenizer().encode(held_out_text()))
     window = min(1024, loaded.config.max_positions)
+    words = algorithms.split(",")
+    needy = any(parse_recipe(word).needs_batches for word in words)
+    batches = calibration_batches(source, loaded, calibration, algorithm_tokens, device) if needy else None
     with progress_bar("measuring") as update:
-        found = measure(loaded, ids[-calibration_tokens:], configs.split(","), tokens=tokens, window=window,
-                        progress=update)  # fmt: skip
+        found = measure(loaded, ids[-calibration_tokens:], configs.split(","), algorithms=words, batches=batches,
+                        tokens=tokens, window=window, progress=update)  # fmt: skip
     plan = found.within(
         max_bytes=None if budget_mb is None else int(budget_mb * 1e6),
         max_us=None if budget_ms is None else budget_ms * 1e3,
         max_kl=max_kl,
     )
-    plan = measured(loaded, found, plan, reference_of(loaded, ids[:calibration_tokens], window))
-    save_rules(found.rules(plan), out)
+    plan = measured(loaded, found, plan, reference_of(loaded, ids[:calibration_tokens], window), batches)
+    save_plan(found, plan, out)
     by = "us" if budget_ms is not None else "bytes"
     gap = None if budget_mb is None and budget_ms is None else found.gap(plan, by)
     if plot is not None:
         plot_front(found, found.front()[0], plan, plot)
-    uniform = {c.config: found.uniform(c.config) for c in found.groups[0].candidates}
+    uniform = {choice: found.uniform(choice) for choice in found.choices}
     if as_json:
         emit_json({"model": source.path, "out": out, "plan": plan, "gap": gap, "uniform": uniform, "found": found})
         return
-    table = Table(box=box.SIMPLE_HEAD, caption="KL in nats: predicted as the sum over groups, measured on other text")
-    for title in ("config", "MB", "ms", "KL predicted", "KL measured"):
+    caption = "ms: the sum over layers, and all one after the other; KL in nats: the sum over groups, and the whole"
+    table = Table(box=box.SIMPLE_HEAD, caption=caption)
+    for title in ("config", "MB", "ms, sum", "ms measured", "KL predicted", "KL measured"):
         table.add_column(title, justify="left" if title == "config" else "right")
     for name, row in {**uniform, "chosen": plan}.items():
         table.add_row(name, *_cells(row))
     if gap:
         table.caption = f"{table.caption}; a better plan could predict at most {gap:.2g} less"
-    counts = Counter(spec or FLOAT for spec in found.rules(plan).values())
+    counts = Counter(name for group, name in zip(found.groups, plan.choices) for _ in group.layers)
     console = stdout()
     console.print(table)
     console.print("layers: " + ", ".join(f"{n} {spec}" for spec, n in counts.most_common()))
@@ -81,5 +95,6 @@ def autoquant(
 
 
 def _cells(plan: Plan) -> tuple[str, ...]:
-    known = "" if plan.measured_kl is None else f"{plan.measured_kl:.4f}"
-    return megabytes(plan.bytes), f"{plan.us / 1e3:.3f}", f"{plan.kl:.4f}", known
+    kl = "" if plan.measured_kl is None else f"{plan.measured_kl:.4f}"
+    ms = "" if plan.measured_us is None else f"{plan.measured_us / 1e3:.3f}"
+    return megabytes(plan.bytes), f"{plan.us / 1e3:.3f}", ms, f"{plan.kl:.4f}", kl

@@ -40,7 +40,7 @@ from lowbit.report import Report as QuantizeReport
 from lowbit.rules import Rule
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
-from lowbit.tools.autoquant import load_rules
+from lowbit.tools.autoquant import load_plan
 from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model
 from lowbit.tools.sources import Source, export, find_source, is_static, parse_dtype, parse_rules, rules_for
 from lowbit.warmup import TOKENS
@@ -62,16 +62,17 @@ def quantize(
     config: Config = None,
     rule: Rules = None,
     rules: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON object of layer names to configs, as autoquant writes it.")
+        Path | None, typer.Option(metavar="FILE", help="Configs and algorithms by layer, as autoquant writes them.")
     ] = None,
     algorithm: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--algorithm",
             "-a",
-            help=f"How values are chosen: {', '.join(ROUNDINGS)}; before it, joined by +, any of {', '.join(STEPS)}.",
+            help=f"How values are chosen: {', '.join(ROUNDINGS)}; before it, joined by +, any of {', '.join(STEPS)}. "
+            "Default: what --rules says, else rtn.",
         ),
-    ] = "rtn",
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text that gptq, awq and others see; default: the packaged prose."),
@@ -94,7 +95,8 @@ def quantize(
         raise ValueError(
             "quantize: give --config (such as int4wo-128), --rules FILE, or at least one --rule NAME=CONFIG"
         )
-    words = ({} if rules is None else load_rules(rules)) | parse_rules(rule or [])
+    planned, algorithms = ({}, {}) if rules is None else load_plan(rules)
+    words = planned | parse_rules(rule or [])
     if config is not None:
         parse_config(config)
     source = find_source(model)
@@ -104,11 +106,16 @@ def quantize(
         raise ValueError(f"OUT {out} is a file; give a directory")
     if journal is not None and journal.resolve() == out.resolve():
         raise ValueError(f"OUT and --journal are both {out}; give the journal a directory of its own")
-    recipe = parse_recipe(algorithm)
-    loaded = source.model(parse_dtype(dtype))
-    batches = _batches(source, loaded, calibration, calibration_tokens, device) if recipe.needs_batches else None
+    if algorithm is not None and algorithms:
+        raise ValueError(f"{rules} says how each layer is rounded; leave --algorithm out" + see("conflicting-rules"))
+    # A layer that a --rule takes out of the plan has no use for its algorithm.
+    asked = {n: a for n, a in algorithms.items() if words.get(n) is not None} or (algorithm or "rtn")
+    recipes = [parse_recipe(a) for a in (asked.values() if isinstance(asked, dict) else (asked,))]
+    loaded, batches = source.model(parse_dtype(dtype)), None
+    if any(r.needs_batches for r in recipes):
+        batches = calibration_batches(source, loaded, calibration, calibration_tokens, device)
     report = quantize_as_asked(
-        source, loaded, rules_for(loaded, config, words), device, algorithm=algorithm, batches=batches, journal=journal
+        source, loaded, rules_for(loaded, config, words), device, algorithm=asked, batches=batches, journal=journal
     )
     export(source, loaded, out)
     if journal is not None:
@@ -124,7 +131,7 @@ def quantize(
 
 def quantize_as_asked(
     source: Source, model: Llama, rules: Mapping[str, Rule], device: str, title: str = "quantizing",
-    algorithm: str = "rtn", batches: list[Tensor] | None = None, journal: Path | None = None,
+    algorithm: str | Mapping[str, str] = "rtn", batches: list[Tensor] | None = None, journal: Path | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """`quantize_` with a progress bar, calibrated on the packaged text where a config has static scales."""
     configs = [parse_config(c) if isinstance(c, str) else c for c in rules.values() if c is not None]
@@ -137,7 +144,7 @@ def quantize_as_asked(
         )  # fmt: skip
 
 
-def _batches(source: Source, model: Llama, text: Path | None, tokens: int, device: str) -> list[Tensor]:
+def calibration_batches(source: Source, model: Llama, text: Path | None, tokens: int, device: str) -> list[Tensor]:
     """Windows of ids `(1, T)`: the beginning of a file, or the end of the packaged text."""
     if text is None:
         ids = _end_of_prose(source, tokens)

@@ -1,9 +1,9 @@
-"""A config for every layer by measurement: what it costs in bytes and time, and how far it moves the model's output.
+"""A config and an algorithm for every layer by measurement: bytes, time, and how far they move the model's output.
 
-Linears that read the same input share a config and form a group; others stand alone. Of each group and config are
-measured: bytes, the time of its matmuls here, and the KL divergence from the original model when this group alone is
-quantized, rounded to nearest. Sums over groups predict the whole model: exactly for bytes, well for times, and for the
-divergence as long as the errors of layers are small and independent. So the whole is measured in the end, too.
+Linears that read the same input form a group and move together; which do is seen while the model runs. Of each group,
+config and algorithm are measured: bytes, the time of its matmuls here, and the KL divergence from the original model
+when this group alone is quantized. Sums over groups predict the whole model: exactly for bytes, well for times, and for
+the divergence as long as the errors of layers are small and independent. So the whole is measured in the end, too.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.algorithms.allocate import Front, least_loss_bound, pareto_front
+from lowbit.calibrate import Moments, blocks_of, run_blocks
 from lowbit.errors import see
-from lowbit.graph import decoder_graph
-from lowbit.quantize import quantize_layer_
+from lowbit.fold import awq_
+from lowbit.graph import Layer, decoder_graph
+from lowbit.quantize import quantize_, quantize_layer_
+from lowbit.recipe import Recipe, parse_recipe
 from lowbit.rules import why_not
 from lowbit.specs import parse_config
 from lowbit.tools.evaluate import Reference, evaluate, reference_of
@@ -40,12 +45,22 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One config for one group: bytes of its weights, microseconds of its matmuls, nats of KL divergence."""
+    """One config and algorithm for one group: bytes of its weights, microseconds of its matmuls, nats of KL."""
 
     config: str
     bytes: int
     us: float
     kl: float
+    algorithm: str = "rtn"
+
+    @property
+    def name(self) -> str:
+        """What plans call it: "int4wo-128", "int4wo-128 awq+gptq"."""
+        return candidate_name(self.config, self.algorithm)
+
+
+def candidate_name(config: str, algorithm: str) -> str:
+    return config if algorithm == "rtn" else f"{config} {algorithm}"
 
 
 @dataclass(frozen=True)
@@ -55,16 +70,29 @@ class Group:
     layers: tuple[str, ...]
     candidates: tuple[Candidate, ...]
 
+    def candidate(self, name: str) -> Candidate:
+        """By its name. Raises ValueError: the group has no such candidate."""
+        for c in self.candidates:
+            if c.name == name:
+                return c
+        names = ", ".join(c.name for c in self.candidates)
+        raise ValueError(f"autoquant: {self.layers[0]} has no candidate {name!r}; it has {names}" + see("bad-option"))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every group, its predicted totals over the groups, and what was measured of it, if it was."""
+    """A choice for every group, its predicted totals over the groups, and what was measured of it, if it was.
 
-    configs: tuple[str, ...]
+    `us` is the sum of the groups' measured times; `measured_us` is the time of all those layers called one after the
+    other, as the plan has them.
+    """
+
+    choices: tuple[str, ...]
     bytes: int
     us: float
     kl: float
     measured_kl: float | None = None
+    measured_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,25 +102,42 @@ class Measurements:
     groups: tuple[Group, ...]
     tokens: int
 
-    def plan(self, configs: Sequence[str]) -> Plan:
-        """The totals of a choice."""
-        chosen = [next(c for c in g.candidates if c.config == spec) for g, spec in zip(self.groups, configs)]
-        return Plan(tuple(configs), sum(c.bytes for c in chosen), sum(c.us for c in chosen), sum(c.kl for c in chosen))
+    def plan(self, choices: Sequence[str]) -> Plan:
+        """The totals of a choice; its parts are names of candidates."""
+        chosen = [group.candidate(name) for group, name in zip(self.groups, choices, strict=True)]
+        return Plan(tuple(choices), sum(c.bytes for c in chosen), sum(c.us for c in chosen), sum(c.kl for c in chosen))
 
-    def uniform(self, config: str) -> Plan:
-        """Every group with one config."""
-        return self.plan([config] * len(self.groups))
+    def uniform(self, choice: str) -> Plan:
+        """Every group with one candidate."""
+        return self.plan([choice] * len(self.groups))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Names of the candidates that all groups have."""
+        shared = set.intersection(*({c.name for c in g.candidates} for g in self.groups))
+        return tuple(c.name for c in self.groups[0].candidates if c.name in shared)
 
     def rules(self, plan: Plan) -> dict[str, str | None]:
         """Rules for `quantize_`: every layer by its name, None where it stays."""
-        pairs = zip(self.groups, plan.configs)
-        return {name: None if spec == FLOAT else spec for group, spec in pairs for name in group.layers}
+        return {n: None if c.config == FLOAT else c.config for n, c in self._by_layer(plan)}
+
+    def algorithms(self, plan: Plan) -> dict[str, str]:
+        """The `algorithm` of `quantize_`: that of every layer that is quantized."""
+        return {n: c.algorithm for n, c in self._by_layer(plan) if c.config != FLOAT}
+
+    def needs_batches(self, plan: Plan) -> bool:
+        """Whether `quantize_` needs inputs for the plan."""
+        return any(parse_recipe(word).needs_batches for word in self.algorithms(plan).values())
+
+    def _by_layer(self, plan: Plan) -> list[tuple[str, Candidate]]:
+        chosen = [(g, g.candidate(name)) for g, name in zip(self.groups, plan.choices, strict=True)]
+        return [(layer, c) for g, c in chosen for layer in g.layers]
 
     def front(self, by: str = "bytes") -> tuple[list[Plan], Front]:
         """The plans that no other beats in `by` ("bytes" or "us") and KL, by rising cost."""
         front = pareto_front(self._options(by))
-        specs = [[c.config for c in g.candidates] for g in self.groups]
-        return [self.plan([s[i] for s, i in zip(specs, row)]) for row in front.choices], front
+        names = [[c.name for c in g.candidates] for g in self.groups]
+        return [self.plan([n[i] for n, i in zip(names, row)]) for row in front.choices], front
 
     def within(self, *, max_bytes: int | None = None, max_us: float | None = None, max_kl: float | None = None) -> Plan:
         """The plan of least KL within bytes or microseconds, or of fewest bytes within KL; by speed alone if none is
@@ -105,9 +150,10 @@ class Measurements:
         if len(given) > 1:
             raise ValueError(f"autoquant: give one budget, not {' and '.join(given)}" + see("bad-option"))
         if not given:
-            # min takes the first of equals
+            # Algorithms of one config take the same time, and the one that loses least is taken; min takes the first of
+            # equals.
             first = [sorted(g.candidates, key=lambda c: c.config != FLOAT) for g in self.groups]
-            return self.plan([min(c, key=lambda c: c.us).config for c in first])
+            return self.plan([min(c, key=lambda c: (c.us, c.kl)).name for c in first])
         name, budget = next(iter(given.items()))
         plans, front = self.front("us" if name == "max_us" else "bytes")
         at = front.within_loss(budget) if name == "max_kl" else front.within_cost(budget)
@@ -133,29 +179,258 @@ def autoquant(
     ids: Tensor,
     configs: Sequence[str],
     *,
+    algorithms: Sequence[str] = ("rtn",),
+    batches: Sequence[Tensor] | None = None,
     tokens: int = 1,
     window: int = 1024,
     times: Times | None = None,
     skip: Sequence[str] = ("lm_head",),
     progress: Progress | None = None,
 ) -> Measurements:
-    """Measure every config in every group of Linears of a language model; its weights are as before afterwards.
+    """Measure every config and algorithm in every group of Linears of a language model, which stays as it is.
 
     Args:
         model: as `evaluate` takes it; float weights. Divergences are measured on a copy of it in fp32.
         ids: `(tokens,)` text to measure divergences on; a few hundred tokens tell layers apart.
         configs: short names of configs without static activation scales.
+        algorithms: words as `quantize_` takes them, of steps `awq` alone: others change more than a group. Groups
+            outside the model's blocks are offered those that need no inputs.
+        batches: ids `(1, T)` that algorithms see which need inputs.
         tokens: rows of the matmuls that are timed: the sequences that generate at once, or a prompt's length.
         window: tokens that the model sees at once.
         times: microseconds for every shape and config and `FLOAT`, instead of measuring them.
         skip: layers to leave alone.
 
     Raises:
-        ValueError: no layer, an unknown config, or one that a layer cannot take.
+        ValueError: no layer, an unknown config or algorithm, or one that a layer cannot take; a layer does not run for
+            `ids`, so that nothing would be known of it.
     """
-    specs = [parse_config(c).spec for c in configs]
+    specs, recipes = [parse_config(c).spec for c in configs], _checked_recipes(algorithms, batches)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in skip}
-    groups = groups_of(model, linears)
+    _check_layers(linears, specs)
+    groups = groups_of(model, linears, ids[:window])
+    times = times if times is not None else measure_times(linears, specs, tokens)
+    missing = {(shape_of(m), s) for m in linears.values() for s in (*specs, FLOAT)} - set(times)
+    if missing:
+        (n, k), spec = min(missing)
+        raise ValueError(f"autoquant: the table of times lacks {spec} for {n}x{k}" + see("bad-option"))
+    # In bf16, rounding alone moves the divergence by more than 8 bits do, and the sum over layers by a tenth of a nat.
+    exact = deepcopy(model).float()
+    graph = decoder_graph(exact) if any(r.steps for r in recipes.values()) else None
+    edges = {e.readers: (layer, e.source) for layer in graph.layers for e in layer.edges} if graph is not None else {}
+    reference, found, done = reference_of(exact, ids, window), dict[tuple[str, ...], Group](), 0
+
+    def measure(names: tuple[str, ...], moments: dict[str, Moments] | None) -> None:
+        nonlocal done
+        modules = [linears[n] for n in names]
+        float_bytes = sum(m.weight.numel() * m.weight.element_size() for m in modules)
+        candidates = [Candidate(FLOAT, float_bytes, sum(times[shape_of(m), FLOAT] for m in modules), 0.0)]
+        for spec, (word, recipe) in product(specs, recipes.items()):
+            if progress is not None:
+                progress(done, len(groups) * len(specs) * len(recipes), f"{names[0]} {candidate_name(spec, word)}")
+            done += 1
+            if (recipe.needs_batches and moments is None) or (recipe.steps and names not in edges):
+                continue
+            layer, source = edges[names] if recipe.steps else (None, names[0])
+            held = {n: exact.get_submodule(n) for n in (source, *names)}
+            with quantized(exact, held, names, spec, recipe, layer, moments) as size:
+                kl = evaluate(exact, ids, reference, window).kl_mean
+            assert kl is not None
+            candidates.append(Candidate(spec, size, sum(times[shape_of(m), spec] for m in modules), kl, word))
+        found[names] = Group(names, tuple(candidates))
+
+    def visit(moments: dict[str, Moments]) -> None:
+        inside = [names for names in groups if names[0] in moments]
+        if inside:
+            # What `run_blocks` visits has been seen to pass each block's output to the next, and nothing else.
+            with starting_at(exact, inside[0][0], lambda: evaluate(exact, ids, reference, window)):
+                for names in inside:
+                    measure(names, moments)
+
+    if batches is not None:
+        run_blocks(exact, batches, visit)
+    for names in groups:
+        if names not in found:
+            measure(names, None)
+    return Measurements(tuple(found[names] for names in groups), tokens)
+
+
+def quantized_by(
+    model: nn.Module, found: Measurements, plan: Plan, batches: Sequence[Tensor] | None = None
+) -> nn.Module:
+    """A copy of the model quantized by the plan; what stays float is shared with the original.
+
+    Raises:
+        ValueError: the plan's algorithms need batches.
+    """
+    copy = variant(model)
+    needed = batches if found.needs_batches(plan) else None
+    quantize_(copy, found.rules(plan), algorithm=found.algorithms(plan), batches=needed, measure=False)
+    return copy
+
+
+def measured(
+    model: nn.Module, found: Measurements, plan: Plan, reference: Reference, batches: Sequence[Tensor] | None = None
+) -> Plan:
+    """The plan with the divergence of the whole model quantized by it, on the text of `reference`, and the time of all
+    its layers, one after the other."""
+    copy = quantized_by(model, found, plan, batches)
+    us = layers_us({"plan": copy}, list(found.rules(plan)), found.tokens)["plan"]
+    kl = evaluate(copy, reference.ids, reference, reference.window).kl_mean
+    return replace(plan, measured_kl=kl, measured_us=us)
+
+
+def layers_us(models: Mapping[str, nn.Module], layers: Sequence[str], tokens: int) -> dict[str, float]:
+    """Microseconds of the named Linears of each model, called one after the other with `tokens` rows; models in turns.
+
+    Each layer is called once per turn: together they exceed the cache, as in a model that runs.
+
+    Raises:
+        RuntimeError: a layer does not run.
+    """
+    turns = {}
+    for name, model in models.items():
+        calls = list[Call]()
+        for layer in layers:
+            weight: Tensor = model.get_submodule(layer).weight.detach()  # type: ignore[operator, union-attr, assignment]
+            x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+            calls.append(partial(F.linear, x, weight))
+        with torch.inference_mode():
+            warm_up(calls, x.device)
+        turns[name] = turn_of(calls, x.device)
+    out: dict[str, float] = {}
+    with torch.inference_mode():
+        for name, timing in take_turns(turns, rounds=9, seconds=2.0).items():
+            if isinstance(timing, Exception):
+                raise RuntimeError(f"autoquant: the layers of {name} do not run: {timing}") from timing
+            out[name] = timing.us * len(layers)
+    return out
+
+
+@torch.no_grad()
+def groups_of(model: nn.Module, linears: Mapping[str, nn.Module], ids: Tensor) -> list[tuple[str, ...]]:
+    """Names of `linears` in groups that are given the same values, in the order in which they first run.
+
+    That is seen in a run over `ids (T,)`, whatever the model is called: an input is known by its memory, and by how
+    often it has been written to since.
+
+    Raises:
+        ValueError: a layer does not run for these ids, or two share a weight.
+    """
+    inputs = dict[str, list[tuple[int, ...]]]()
+    kept: list[Tensor] = []  # so that no memory is used twice
+
+    def see_input(name: str, x: Tensor) -> None:
+        kept.append(x)
+        place = (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x._version)
+        inputs.setdefault(name, []).append(place)
+
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, name=name: see_input(name, args[0])) for name, m in linears.items()
+    ]
+    try:
+        model(ids[None])
+    finally:
+        for h in hooks:
+            h.remove()
+    if silent := [n for n in linears if n not in inputs]:
+        raise ValueError(
+            f"autoquant: {', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''} did not run for these "
+            f"{ids.numel()} tokens, so nothing would be known of {len(silent)} layers; give a longer text, or leave "
+            "them out with skip=" + see("calibration-saw-nothing")
+        )
+    owner: dict[int, str] = {}
+    for name in inputs:
+        first = owner.setdefault(id(linears[name].weight), name)
+        if first != name:
+            raise ValueError(
+                f"autoquant: {name} shares its weight with {first}, and cannot be chosen apart; leave both out "
+                "with skip=" + see("bad-option")
+            )
+    groups = dict[tuple[tuple[int, ...], ...], list[str]]()
+    for name, places in inputs.items():
+        groups.setdefault(tuple(places), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+@contextmanager
+def starting_at(model: nn.Module, layer: str, run: Callable[[], object]) -> Iterator[None]:
+    """Inside, `run` does not compute again what comes before the block of a layer: that block is given what it was
+    given when `run` was called first, and those before it pass on what they are given."""
+    prefix, blocks = blocks_of(model)
+    at = int(layer.removeprefix(f"{prefix}.").split(".")[0])
+    inputs, tuples, calls = list[Tensor](), list[bool](), count()
+    hooks = [
+        blocks[at].register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
+        blocks[at].register_forward_hook(lambda _, args, out: tuples.append(isinstance(out, tuple))),
+    ]
+    try:
+        run()
+    finally:
+        for h in hooks:
+            h.remove()
+
+    def passed(x: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
+        return (x,) if any(tuples) else x
+
+    def given(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[next(calls) % len(inputs)], *args[1:])
+
+    hook = blocks[at].register_forward_pre_hook(given)
+    for block in blocks[:at]:
+        block.forward = passed
+    try:
+        yield
+    finally:
+        hook.remove()
+        for block in blocks[:at]:
+            del block.forward
+
+
+@contextmanager
+def quantized(
+    model: nn.Module, held: Mapping[str, nn.Module], names: Sequence[str], spec: str, recipe: Recipe,
+    layer: Layer | None, moments: dict[str, Moments] | None,
+) -> Iterator[int]:  # fmt: skip
+    """Inside, the layers `names` hold weights quantized to `spec`; yields the bytes of those.
+
+    `held` are all modules that the recipe changes, to be put back as they were. `moments` are those of the layers'
+    inputs; a recipe that needs none sees none, as in `quantize_`.
+    """
+    before = [(module, dict(module._parameters)) for module in held.values()]
+    config = parse_config(spec)
+    try:
+        if layer is not None and moments is not None:
+            moments = awq_(model, layer, moments, dict.fromkeys(names, config.scheme.weight))
+        size = 0
+        for name in names:
+            seen = moments[name] if moments is not None and recipe.needs_batches else None
+            size += quantize_layer_(name, held[name], config, recipe.rounding, seen).bytes_after
+        yield size
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
+
+
+def _checked_recipes(algorithms: Sequence[str], batches: Sequence[Tensor] | None) -> dict[str, Recipe]:
+    recipes = {word: parse_recipe(word) for word in algorithms}
+    if wide := [w for w, r in recipes.items() if set(r.steps) - {"awq"}]:
+        raise ValueError(
+            f"autoquant: {wide[0]!r} changes whole blocks or the whole model, not a group; of steps, offer 'awq' alone"
+            + see("bad-option")
+        )
+    needy = [w for w, r in recipes.items() if r.needs_batches]
+    if bool(needy) != (batches is not None):
+        raise ValueError(
+            (f"autoquant: algorithm {needy[0]!r} needs batches=..., ids (1, T) of typical text" if needy else
+             f"autoquant: none of the algorithms {list(recipes)} takes batches") + see("bad-option")
+        )  # fmt: skip
+    return recipes
+
+
+def _check_layers(linears: Mapping[str, nn.Module], specs: Sequence[str]) -> None:
+    if not specs or not linears:
+        raise ValueError("autoquant: needs a config and a layer that may take it" + see("no-layer-selected"))
     for spec in specs:
         config = parse_config(spec)
         for name, module in linears.items():
@@ -166,62 +441,6 @@ def autoquant(
                     f"autoquant: {spec} needs calibrated scales; offer configs with dynamic activations"
                     + see("bad-option")
                 )
-    if not specs or not groups:
-        raise ValueError("autoquant: needs a config and a layer that may take it" + see("no-layer-selected"))
-    times = times if times is not None else measure_times(linears, specs, tokens)
-    missing = {(shape_of(m), s) for m in linears.values() for s in (*specs, FLOAT)} - set(times)
-    if missing:
-        (n, k), spec = min(missing)
-        raise ValueError(f"autoquant: the table of times lacks {spec} for {n}x{k}" + see("bad-option"))
-    # In bf16, rounding alone moves the divergence by more than 8 bits do, and the sum over layers by a tenth of a nat.
-    exact = deepcopy(model).float()
-    inside = {n: m for n, m in exact.named_modules() if n in linears}
-    reference, found, done = reference_of(exact, ids, window), list[Group](), 0
-    for names in groups:
-        modules = [linears[n] for n in names]
-        float_bytes = sum(m.weight.numel() * m.weight.element_size() for m in modules)
-        candidates = [Candidate(FLOAT, float_bytes, sum(times[shape_of(m), FLOAT] for m in modules), 0.0)]
-        for spec in specs:
-            if progress is not None:
-                progress(done, len(groups) * len(specs), f"{names[0]} {spec}")
-            done += 1
-            with quantized(inside, names, spec) as size:
-                kl = evaluate(exact, ids, reference, window).kl_mean
-            assert kl is not None
-            candidates.append(Candidate(spec, size, sum(times[shape_of(m), spec] for m in modules), kl))
-        found.append(Group(names, tuple(candidates)))
-    return Measurements(tuple(found), tokens)
-
-
-def measured(model: nn.Module, found: Measurements, plan: Plan, reference: Reference) -> Plan:
-    """The plan with the divergence of the whole model quantized by it, on the text of `reference`."""
-    copy = variant(model)
-    for name, spec in found.rules(plan).items():
-        if spec is not None:
-            quantize_layer_(name, copy.get_submodule(name), parse_config(spec))
-    return replace(plan, measured_kl=evaluate(copy, reference.ids, reference, reference.window).kl_mean)
-
-
-def groups_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
-    """Names of `linears` in groups with one input, where the model is of the Llama family; else each alone."""
-    try:
-        stages = [s for layer in decoder_graph(model).layers for s in layer.stages]
-    except ValueError:  # no known decoder, or its projections are fused into one Linear already
-        stages = []
-    together = [tuple(n for n in stage if n in linears) for stage in stages]
-    known = {n for names in together for n in names}
-    return [names for names in together if names] + [(n,) for n in linears if n not in known]
-
-
-@contextmanager
-def quantized(linears: Mapping[str, nn.Module], names: Sequence[str], spec: str) -> Iterator[int]:
-    """Inside, these layers hold weights quantized to `spec`; yields the bytes of those."""
-    before = {name: linears[name].weight for name in names}
-    try:
-        yield sum(quantize_layer_(name, linears[name], parse_config(spec)).bytes_after for name in names)
-    finally:
-        for name, weight in before.items():
-            linears[name].weight = weight
 
 
 def shape_of(module: nn.Module) -> Shape:
@@ -264,21 +483,30 @@ def _calls(weight: Tensor, x: Tensor, spec: str) -> list[Call]:
     return [partial(F.linear, x, held.clone()) for _ in range(copies_for(size))]
 
 
-def save_rules(rules: Mapping[str, str | None], path: Path) -> None:
-    """One JSON object, layer to config or null, that `lowbit quantize --rules` reads."""
-    path.write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
+def save_plan(found: Measurements, plan: Plan, path: Path) -> None:
+    """A JSON object of what `quantize_` takes, `config` and `algorithm`, which `lowbit quantize --rules` reads."""
+    asked = {"config": found.rules(plan), "algorithm": found.algorithms(plan)}
+    path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
-def load_rules(path: Path) -> dict[str, str | None]:
-    """What `save_rules` wrote.
+def load_plan(path: Path) -> tuple[dict[str, str | None], dict[str, str]]:
+    """`config` and `algorithm` of what `save_plan` wrote.
 
     Raises:
-        ValueError: the file is no JSON object of names and configs.
+        ValueError: the file is no such object.
     """
     try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
+        asked = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}" + see("bad-option")) from error
-    if not isinstance(rules, dict) or not all(isinstance(r, str | None) for r in rules.values()):
-        raise ValueError(f"{path}: expected one object of layer names to config names or null" + see("bad-option"))
-    return {name: None if r is None else parse_config(r).spec for name, r in rules.items()}
+    config, algorithm = (asked.get(k) if isinstance(asked, dict) else None for k in ("config", "algorithm"))
+    if not (
+        isinstance(config, dict) and isinstance(algorithm, dict) and set(asked) == {"config", "algorithm"}
+        and all(isinstance(c, str | None) for c in config.values())
+        and all(isinstance(a, str) for a in algorithm.values())
+    ):  # fmt: skip
+        raise ValueError(
+            f"{path}: expected one object of 'config' (layer names to config names or null) and 'algorithm' (layer "
+            "names to words)" + see("bad-option")
+        )
+    return {name: None if c is None else parse_config(c).spec for name, c in config.items()}, algorithm

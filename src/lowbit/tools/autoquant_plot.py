@@ -19,11 +19,11 @@ def plot_front(found: Measurements, plans: Sequence[Plan], chosen: Plan, path: P
     # A logarithm has no place for the model that loses nothing.
     line = [p for p in plans if p.kl > 0]
     axes.step([p.bytes / 1e6 for p in line], [p.kl for p in line], where="post", color="#c8102e", label="per layer")
-    for spec in [c.config for c in found.groups[0].candidates if c.config != FLOAT]:
-        uniform = found.uniform(spec)
+    for choice in [c for c in found.choices if c != FLOAT]:
+        uniform = found.uniform(choice)
         if uniform.kl > 0:
             axes.plot(uniform.bytes / 1e6, uniform.kl, "o", color="#5f6975")
-            axes.annotate(spec, (uniform.bytes / 1e6, uniform.kl), xytext=(5, 4), textcoords="offset points")
+            axes.annotate(choice, (uniform.bytes / 1e6, uniform.kl), xytext=(5, 4), textcoords="offset points")
     if chosen.kl > 0:
         axes.plot(chosen.bytes / 1e6, chosen.kl, "D", color="#c8102e", label="chosen")
     axes.set(xlabel="MB of the layers", ylabel="sum of KL divergences, nats (predicted)", yscale="log")
