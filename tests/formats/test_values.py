@@ -129,3 +129,18 @@ def test_gradients_do_not_pass(spec: str) -> None:
     """Quantizing is not differentiable; planes carry no graph of the weight they came from."""
     w = weights("normal", 4, 64).requires_grad_()
     assert not any(t.requires_grad for t in parse_format(spec).quantize(w).values())
+
+
+@each_format
+def test_the_default_dtype_changes_nothing(fmt: Format) -> None:
+    """Engines set it to bf16 while they build and load a model."""
+    w = weights("normal", 48, 512)
+    planes = fmt.quantize(w)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = fmt.quantize(w)
+        decoded = fmt.dequantize(again, *w.shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(planes[name], again[name]) for name in planes)
+    assert same_bits(decoded, fmt.dequantize(planes, *w.shape))

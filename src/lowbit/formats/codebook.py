@@ -154,8 +154,8 @@ class CodebookFormat(Format):
 
     def _sample(self, w: Tensor, scale: Tensor, limit: int = 1 << 18) -> tuple[Tensor, Tensor]:
         """At most about `limit` normalized points `(P, vector)` with their weights, from rows evenly spread."""
-        rows = torch.linspace(0, w.shape[0] - 1, min(w.shape[0], max(1, limit // max(w.shape[1], 1)))).long()
-        rows = rows.to(w.device)
+        count = min(w.shape[0], max(1, limit // max(w.shape[1], 1)))
+        rows = torch.linspace(0, w.shape[0] - 1, count, dtype=torch.float32).long().to(w.device)
         s = scale[rows].repeat_interleave(self.group_size, dim=1)[:, : w.shape[1]]
         x = bounded(w[rows].float()) / s
         pad = (0, -w.shape[1] % self.vector)
@@ -180,7 +180,7 @@ def kmeans_1d(points: Tensor, weights: Tensor, k: int, iterations: int = 25) -> 
     weights = weights[order]
     total = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
     moment = torch.cat([weights.new_zeros(1), (weights * points).cumsum(0)])
-    at = ((torch.arange(k, device=points.device) + 0.5) / k * (points.numel() - 1)).long()
+    at = ((torch.arange(k, dtype=torch.float32, device=points.device) + 0.5) / k * (points.numel() - 1)).long()
     centres = points[at].clone() if points.numel() else points.new_zeros(k)
     for _ in range(iterations):
         cut = torch.searchsorted(points, (centres[1:] + centres[:-1]) / 2)
@@ -205,7 +205,7 @@ def kmeans(points: Tensor, weights: Tensor, k: int, iterations: int = 12, limit:
     d = points.shape[1]
     key = torch.atan2(points[:, 1], points[:, 0]) + 1e-3 * points.norm(dim=1) if d == 2 else points.norm(dim=1)
     start = points[key.argsort()]
-    at = ((torch.arange(k, device=points.device) + 0.5) / k * max(points.shape[0] - 1, 0)).long()
+    at = ((torch.arange(k, dtype=torch.float32, device=points.device) + 0.5) / k * max(points.shape[0] - 1, 0)).long()
     centres = start[at].clone() if points.shape[0] else points.new_zeros(k, d)
     for _ in range(iterations):
         centres[0] = 0.0
