@@ -18,6 +18,7 @@ from lowbit.cli.generate import Text
 from lowbit.models.tokenizer import load_tokenizer
 from lowbit.specs import EXAMPLES
 from lowbit.tools.sources import find_source, huggingface_config, parse_rules, save_tokenizer
+from lowbit.tools.tasks import TaskResult
 
 COMMANDS = ("demo", "quantize", "verify", "load", "generate", "eval", "inspect", "explain", "warmup",
             "profile", "doctor", "bench linear", "bench generate")  # fmt: skip
@@ -288,6 +289,26 @@ def test_eval_prints_a_table_and_takes_a_text(model, tmp_path):
     assert "perplexity" in shown
     plain = document("eval", model, *SMALL)["results"][0]["perplexity"]
     assert document("eval", model, "--text", text, *SMALL)["results"][0]["perplexity"] != plain
+
+
+def test_eval_shows_what_models_answer(model, monkeypatch):
+    """Without lm-eval, which needs not be installed: its part is in tests/tools/test_tasks.py."""
+    asked = []
+
+    def answers(model, tokenizer, tasks, folder, limit):
+        asked.append((tasks, folder, limit))
+        return [TaskResult("sums", 4, {"acc": 0.5}, {"acc": 0.25}, (0, 1, 2, len(asked)))]
+
+    monkeypatch.setattr("lowbit.cli.evaluate.run_tasks", answers)
+    words = ("eval", model, "-c", "int8wo", "--tasks", "sums,words", "--task-limit", "4", *SMALL)
+    got = document(*words)["tasks"]
+    assert asked == [(["sums", "words"], None, 4)] * 2
+    assert [(r["config"], r["metrics"]["acc"], r["agreement"]) for r in got] == [
+        ("bfloat16", 0.5, None), ("int8wo", 0.5, 0.75),
+    ]  # fmt: skip
+    shown = run(*words).stdout
+    assert "50.0 +- 25.0" in shown
+    assert "75.0" in shown
 
 
 # inspect, explain, warmup, doctor, demo ----------------------------------------------------------

@@ -29,6 +29,7 @@ from lowbit.models.llama import Llama
 from lowbit.specs import parse_config
 from lowbit.tools.evaluate import EvalResult, evaluate, held_out_text, reference_of
 from lowbit.tools.sources import find_source, parse_dtype, rules_for, variant, weight_bytes
+from lowbit.tools.tasks import TaskResult, run_tasks
 
 
 @command
@@ -43,12 +44,17 @@ def eval_(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; default: packaged prose.")] = None,
     tokens: Annotated[int, typer.Option(help="Measure on the first so many tokens of the text.")] = 4096,
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 1024,
+    tasks: Annotated[str | None, typer.Option(help="Multiple-choice tasks of lm-eval, joined by commas.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where YAML files define them; default: lm-eval's own.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity, and KL divergence and top-1 agreement against the original model."""
+    """Perplexity, and KL divergence and top-1 agreement against the original model; accuracy on tasks."""
     specs = [parse_config(c).spec for c in config or []]
     source = find_source(model)
     if original is not None and (source.kind != "checkpoint" or specs):
@@ -60,6 +66,14 @@ def eval_(
     words = held_out_text() if text is None else text.read_text(encoding="utf-8")
     ids = torch.tensor(source.tokenizer().encode(words))[:tokens]
     results: list[tuple[str, int, EvalResult]] = []
+    answers: list[tuple[str, list[TaskResult]]] = []
+
+    def ask(name: str, asked: Llama) -> None:
+        if tasks is not None:
+            found = run_tasks(asked, source.tokenizer(), tasks.split(","), folder=task_folder, limit=task_limit)
+            compared = bool(answers) and against is not None
+            answers.append((name, [r.against(o) for r, o in zip(found, answers[0][1])] if compared else found))
+
     with progress_bar("evaluating") as update:
         base = find_source(original).model(parse_dtype(dtype), device) if original is not None else None
         loaded = source.model(parse_dtype(dtype) if base is None else None, device)
@@ -70,20 +84,26 @@ def eval_(
             reference = reference_of(against, ids, window, steps.next("reading with the original"))
         if base is not None:
             results.append(("original", weight_bytes(base), evaluate(base, ids, reference, window)))
+            ask("original", base)
         results.append((_name(source.kind, loaded), weight_bytes(loaded),
                         evaluate(loaded, ids, reference, window, steps.next(str(source.path)))))  # fmt: skip
+        ask(results[-1][0], loaded)
         for spec in specs:
             copy = variant(loaded)
             assert isinstance(copy, Llama)
             quantize_as_asked(source, copy, rules_for(copy, spec), device, spec)
             measured = evaluate(copy, ids, reference, window, steps.next(spec))
             results.append((spec, weight_bytes(copy), measured))
+            ask(spec, copy)
             del copy
     if as_json:
         rows: list[dict[str, Any]] = [{"config": c, "bytes": b, **vars(r)} for c, b, r in results]
-        emit_json({"model": source.path, "text": text or "packaged prose", "window": window, "results": rows})
+        emit_json({"model": source.path, "text": text or "packaged prose", "window": window, "results": rows,
+                   "tasks": [{"config": name, **vars(r)} for name, found in answers for r in found]})  # fmt: skip
         return
     stdout().print(_eval_table(results))
+    if answers:
+        stdout().print(_task_table(answers))
 
 
 class _Steps:
@@ -118,4 +138,17 @@ def _eval_table(results: list[tuple[str, int, EvalResult]]) -> Table:
             escape(name), megabytes(size), f"{r.perplexity:.2f} +- {r.perplexity_stderr:.2f}", *compared,
             f"{r.seconds:.1f}",
         )  # fmt: skip
+    return table
+
+
+def _task_table(answers: list[tuple[str, list[TaskResult]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, caption="+- is one standard error; same: answered as the original does")
+    for title in ("task", "config", "questions", "accuracy %", "by length %", "same %"):
+        table.add_column(title, justify="left" if title in ("task", "config") else "right")
+    for name, found in answers:
+        for r in found:
+            known = [m if m in r.metrics and m in r.stderrs else None for m in ("acc", "acc_norm")]
+            cells = ["" if m is None else f"{100 * r.metrics[m]:.1f} +- {100 * r.stderrs[m]:.1f}" for m in known]
+            same = "" if r.agreement is None else f"{100 * r.agreement:.1f}"
+            table.add_row(escape(r.task), escape(name), str(r.questions), *cells, same)
     return table
