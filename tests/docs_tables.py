@@ -17,6 +17,7 @@ import torch
 from proofs import read_rows, written_rows
 
 from lowbit import parse_config
+from lowbit.errors import PAGES
 from lowbit.formats import Format, Plane, registered
 from lowbit.formats.elements import Element, FloatElement, IntElement, TableElement
 from lowbit.specs import EXAMPLES
@@ -48,6 +49,10 @@ def scale(p: Plane) -> str:
 def format_row(fmt: Format) -> Cells:
     scales = "; ".join(scale(p) for p in fmt.scale_planes)
     return f"`{fmt.spec}`", f"{fmt.bits_per_weight:.4g}", element(fmt.element), scales
+
+
+def error_rows() -> list[Cells]:
+    return [(page.code, f"[{name}](errors/{name}.md)", page.line) for name, page in PAGES.items()]
 
 
 def config_row(name: str) -> Cells:
@@ -338,6 +343,7 @@ TABLES = {
         ("short name", "config", "weight", "activation"),
         lambda: [config_row(name) for name in EXAMPLES],
     ),
+    "errors": Table("docs/index.md", ("code", "page", "what it says"), error_rows),
     "demo": Table(
         "README.md",
         ("config", "bits per weight", "model MB", "perplexity", "KL (nats)", "same top-1 %", "tokens/s"),

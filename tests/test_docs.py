@@ -285,6 +285,12 @@ def test_every_error_has_a_page_and_every_page_an_error() -> None:
     assert {p.stem for p in ERROR_PAGES} == set(PAGES)
 
 
+def test_codes_of_errors_are_their_own() -> None:
+    codes = [page.code for page in PAGES.values()]
+    assert len(set(codes)) == len(codes)
+    assert all(re.fullmatch(r"LB[1-4]\d{3}", code) for code in codes)
+
+
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_error_is_raised_by_the_source(name: str) -> None:
     sources = [p.read_text(encoding="utf-8") for p in (ROOT / "src" / "lowbit").rglob("*.py")]
@@ -294,7 +300,8 @@ def test_error_is_raised_by_the_source(name: str) -> None:
 @pytest.mark.parametrize("page", ERROR_PAGES, ids=lambda p: p.stem)
 def test_error_page_explains_and_shows_its_error(page: Path, namespace: dict[str, object]) -> None:
     text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"# {page.stem}\n\n{PAGES[page.stem]}\n"), "the page opens with its name and its line"
+    code, line = PAGES[page.stem]
+    assert text.startswith(f"# {page.stem} ({code})\n\n{line}\n"), "the page opens with its name, code and line"
     assert "\n## Why\n" in text
     assert "\n## What to do\n" in text
     raising = 0
@@ -303,7 +310,7 @@ def test_error_page_explains_and_shows_its_error(page: Path, namespace: dict[str
             raising += 1
             with pytest.raises(error_type(block)) as caught:
                 execute(page, block, namespace)
-            assert str(caught.value).endswith(f"[lowbit: {page.stem}]"), str(caught.value)
+            assert str(caught.value).endswith(f" ({code}) [lowbit: {page.stem}]"), str(caught.value)
         elif block.language == "python":
             execute(page, block, namespace)
     assert raising, "no block is marked <!-- raises ... -->"

@@ -171,19 +171,19 @@ def test_tokens_are_positive(tokens: tuple[int, ...]) -> None:
 
 
 def test_nothing_quantized_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"call lowbit.quantize_ first \[lowbit: nothing-quantized\]$"):
+    with pytest.raises(ValueError, match=r"call lowbit.quantize_ first \(LB1010\) \[lowbit: nothing-quantized\]$"):
         lowbit.warmup(nn.Linear(2, 2))
 
 
 def test_the_meta_device_runs_nothing() -> None:
     model = quantized(nn.Linear(64, 64), nn.Linear(64, 32))
     model[1].to("meta")
-    with pytest.raises(ValueError, match=r"meta device.*load the model first \[lowbit: bad-option\]$"):
+    with pytest.raises(ValueError, match=r"meta device.*load the model first \(LB1001\) \[lowbit: bad-option\]$"):
         lowbit.warmup(model)
 
 
 def test_activations_have_a_float_dtype() -> None:
-    with pytest.raises(TypeError, match=r"got torch.int32 \[lowbit: input-mismatch\]$"):
+    with pytest.raises(TypeError, match=r"got torch.int32 \(LB4002\) \[lowbit: input-mismatch\]$"):
         lowbit.warmup(quantized(nn.Linear(64, 64)), [1], torch.int32)
 
 
@@ -198,6 +198,6 @@ def test_a_kernel_that_does_not_apply_is_an_error() -> None:
 def test_a_capture_is_refused(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"before the capture \[lowbit: no-kernel\]$"):
+    with pytest.raises(RuntimeError, match=r"before the capture \(LB4001\) \[lowbit: no-kernel\]$"):
         lowbit.warmup(quantized(nn.Linear(64, 64)), [1])
     assert not ran.problems
