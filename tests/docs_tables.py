@@ -14,7 +14,7 @@ from typing import Any
 
 import fault_tests
 import torch
-from proofs import read_rows, written_rows
+from proofs import picked_rows, read_rows, written_rows
 
 from lowbit import parse_config
 from lowbit.errors import PAGES
@@ -389,6 +389,7 @@ TABLES = {
         ("scheme", "format", "compressed-tensors", "transformers, `dequantize=True`", "transformers, plain call"),
         written_rows,
     ),
+    "picked": Table("docs/compatibility.md", ("scheme", "vLLM runs it as", "SGLang runs it as"), picked_rows),
     "read": Table("docs/compatibility.md", ("`quant_method`", "variants", "compared with", "test"), read_rows),
     "crossover": Table(
         "docs/measured.md",

@@ -23,6 +23,21 @@ WRITTEN = (
 REFUSED_BY_THE_PLAIN_CALL = ("int4wo-128", "int4wo-32", "int8:g64:asym")
 #: Decoded to bf16 there, whatever the model is.
 DECODED_TO_BF16 = ("nvfp4wo", "nvfp4sq", "mxfp4wo", "mxfp4dq", "mxfp8wo", "mxfp8dq")
+_NONE = "NotImplementedError: No compressed-tensors compatible scheme"
+#: The class by which the reader of compressed-tensors in vLLM and in SGLang runs a scheme, without "CompressedTensors";
+#: of SGLang also why it does not, beginning with the error's name.
+PICKED: dict[str, tuple[str, str]] = {
+    "int8wo": ("WNA16", "ValueError: Downcasting not allowed"),
+    **dict.fromkeys(("int8wo-128", "int4wo-128-sym", "int4wo-128", "int4wo-32", "int8:g64:asym"), ("WNA16", "WNA16")),
+    **dict.fromkeys(("int8dq", "int8dq-asym"), ("W8A8Int8", "W8A8Int8")),
+    "int8sq": ("W8A8Int8", "IndexError"),
+    **dict.fromkeys(("float8wo", "float8wo-tensor"), ("W8A16Fp8", "W8A16Fp8")),
+    "float8wo-block": ("W8A16Fp8", _NONE),
+    **dict.fromkeys(("float8dq-row", "float8dq", "float8dq-block", "float8sq"), ("W8A8Fp8", "W8A8Fp8")),
+    **dict.fromkeys(("nvfp4wo", "nvfp4sq"), ("W4A4Fp4", "W4A16Fp4")),
+    **dict.fromkeys(("mxfp4wo", "mxfp4dq"), ("W4A4Mxfp4", _NONE)),
+    **dict.fromkeys(("mxfp8wo", "mxfp8dq"), ("W8A8Mxfp8", _NONE)),
+}
 #: Schemes of the package compressed-tensors, written by its own compressor and read by lowbit.
 PRESETS = ("W8A16", "W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "NVFP4", "MXFP4A16",
            "MXFP4", "MXFP8A16", "MXFP8")  # fmt: skip
@@ -83,6 +98,18 @@ def written_rows() -> list[tuple[str, ...]]:
         else:
             plain = "equal bits and logits (fp32)" if weight_only else "equal bits (fp32)"
         rows.append((f"`{spec}`", f"`{known.format}`", "equal bits", "equal bits and logits", plain))
+    return rows
+
+
+def picked_rows() -> list[tuple[str, ...]]:
+    """Scheme, and what the engines' own readers of compressed-tensors make of it."""
+    assert PICKED.keys() == set(WRITTEN)
+    why = {"ValueError": "refuses fp32 scales", "IndexError": "fails", "NotImplementedError": "refuses"}
+    rows = []
+    for spec in WRITTEN:
+        vllm, sglang = PICKED[spec]
+        refusal = why.get(sglang.partition(":")[0])
+        rows.append((f"`{spec}`", f"`{vllm}`", refusal or f"`{sglang}`, tensors equal"))
     return rows
 
 

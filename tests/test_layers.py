@@ -33,7 +33,7 @@ MIDDLE = ("lowbit.quantize", "lowbit.calibrate", "lowbit.checkpoint", "lowbit.ch
 TOP = ("lowbit.tools", "lowbit.testing", "lowbit.integrations", "lowbit.cli", "lowbit.__main__")
 # What `pip install lowbit` does not bring.
 EXTRAS = {"triton", "typer", "rich", "tqdm", "jinja2", "matplotlib", "tokenizers", "gguf", "transformers", "torchao",
-          "vllm", "diffusers", "pandas", "scipy", "cuda", "cupy"}  # fmt: skip
+          "vllm", "sglang", "diffusers", "pandas", "scipy", "cuda", "cupy"}  # fmt: skip
 
 
 def within(module: str, layer: str) -> bool:

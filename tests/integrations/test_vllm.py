@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from proofs import WRITTEN
+from engine_processes import finish, notes, run
+from proofs import PICKED, WRITTEN
 
 import lowbit
 from lowbit import parse_config
@@ -31,39 +27,10 @@ if importlib.util.find_spec("vllm") is None:
 from tiny_transformers import llama, logits, saved
 from transformers import PreTrainedModel
 
-HERE = Path(__file__).parent
 DYNAMIC = tuple(s for s in EXAMPLES if (act := parse_config(s).scheme.act) is None or not act.static)
 #: K of a row-parallel layer on each of two ranks, in vllm_ranks.py.
 HALF = 256
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def run(program: str, *args: str, **environment: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1] / "src")])
-    env = os.environ | {"PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, str(HERE / program), *args], env=env, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=800)
-    assert process.returncode == 0, out[-4000:]
-    return out
-
-
-@cache
-def notes(world: int, directory: Path) -> list[dict[str, Any]]:
-    """What each rank found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    out = directory / f"of{world}"
-    ranks = [run("vllm_ranks.py", str(out), str(world), str(rank), address) for rank in range(world)]
-    for process in ranks:
-        finish(process)
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +39,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_doctor_sees_that_the_plugin_is_loaded() -> None:
-    assert doctor.vllm().endswith(", loads the plugin")
+    assert doctor.engine("vllm").endswith(", loads the plugin")
 
 
 def assert_equal(world: int, directory: Path, name: str, spec: str) -> None:
     tile = parse_config(spec).scheme.weight.tile[1]
-    for found in notes(world, directory):
+    for found in notes("vllm", world, directory):
         note = found[f"{name} {spec}"]
         if world > 1 and HALF % tile:
             assert "cut-inside-tile" in note["error"], note
@@ -105,11 +72,20 @@ def test_quantized_while_vllm_loads(world: int, spec: str, directory: Path) -> N
     assert_equal(world, directory, "online", spec)
 
 
+@pytest.mark.parametrize("spec", WRITTEN)
+def test_vllms_own_reader_takes_the_scheme(spec: str, directory: Path) -> None:
+    """The class that it would run on a Hopper GPU, by its own choice."""
+    [found] = notes("vllm", 1, directory)
+    assert found["picked"][spec] == PICKED[spec][0]
+
+
 MESSAGES = {
     "a_missing_tensor": ("CheckpointError", "attn.q_proj, attn.k_proj, attn.v_proj", "weight_scale"),
     "another_dtype": ("CheckpointError", "fc: weight is torch.int32", "torch.int8", "lowbit verify"),
     "parts_that_differ": ("attn.q_proj is int8:row", "attn.k_proj is int4:g32:asym", "[lowbit: format-mismatch]"),
     "static_activations_online": ("float8sq", "[lowbit: missing-calibration]"),
+    "a_rule_without_a_layer": ("['attn.q']", "attn.q_proj, attn.k_proj", "[lowbit: rule-without-match]"),
+    "rules_that_all_miss": ("['re:.*proj[0-9]']", "[lowbit: rule-without-match]"),
     "an_unknown_config": ("int9wo", "[lowbit: unknown-config]"),
     "an_unknown_section": ("CheckpointError", "'format_version': 2"),
     "neither_config_nor_rules": ("CheckpointError", "'config': 4"),
@@ -127,7 +103,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_what_does_not_fit_is_refused(name: str, directory: Path) -> None:
-    [found] = notes(1, directory)
+    [found] = notes("vllm", 1, directory)
     assert found["refused"].keys() == MESSAGES.keys()
     for words in MESSAGES[name]:
         assert words in found["refused"][name]

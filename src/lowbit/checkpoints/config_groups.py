@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -154,6 +155,17 @@ class Section(OneLayerOneModule):
             return None
         ranked = [(rank, i) for i, g in enumerate(self.groups) if (rank := g.rank(layer)) is not None]
         return self.groups[min(ranked)[1]] if ranked else None
+
+    def renamed(self, name_of: Callable[[str], str]) -> Section:
+        """The same section for a model whose layers have other names; patterns stay as they are."""
+
+        def names(targets: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(t if t.startswith("re:") else name_of(t) for t in targets)
+
+        other = copy(self)
+        other.ignore = names(self.ignore)
+        other.groups = [replace(group, targets=names(group.targets)) for group in self.groups]
+        return other
 
     def weight(self, layer: str, within: Infos, files: Files, dtype: torch.dtype) -> Stored:
         """A layer of a directory without a manifest."""

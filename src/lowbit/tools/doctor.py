@@ -13,6 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,21 @@ OPTIONAL = {
     "gguf": "reading GGUF files",
     "transformers": "models of the transformers library",
 }
-#: Releases of vLLM in which the tests of lowbit's plugin have passed.
-VLLM_TESTED = ("0.32", "0.33")
+
+
+class Engine(NamedTuple):
+    """A serving engine with a plugin of lowbit: the group of its entry points, the variable that names those allowed,
+    and the releases in which the plugin's tests have passed."""
+
+    group: str
+    variable: str
+    tested: tuple[str, ...]
+
+
+ENGINES = {
+    "vllm": Engine("vllm.general_plugins", "VLLM_PLUGINS", ("0.32", "0.33")),
+    "sglang": Engine("sglang.srt.plugins", "SGLANG_PLUGINS", ("0.5.23",)),
+}
 #: The layer that is tried, and the layer that `select` is asked about: small enough to be quick, large as in models.
 _TRIED = (64, 192)
 _TYPICAL = (4096, 4096)
@@ -174,27 +188,29 @@ def machine() -> dict[str, str]:
     }
     for package, purpose in OPTIONAL.items():
         facts[package] = _version(package) or f"not installed ({purpose})"
-    facts["vllm"] = vllm()
+    facts |= {package: engine(package) for package in ENGINES}
     return facts
 
 
-def vllm() -> str:
-    """Whether vLLM is there, and whether it will load lowbit's plugin. It is not imported, which takes seconds."""
-    if importlib.util.find_spec("vllm") is None:
+def engine(package: str) -> str:
+    """Whether a serving engine is there, and whether it will load lowbit's plugin. It is not imported, which takes
+    seconds."""
+    if importlib.util.find_spec(package) is None:
         return "not installed (serving)"
+    found = ENGINES[package]
     # Builds for other devices are distributed under other names.
-    name = importlib.metadata.packages_distributions().get("vllm", ["vllm"])[0]
+    name = importlib.metadata.packages_distributions().get(package, [package])[0]
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         version = "unknown version"
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if not any(p.name == "lowbit" for p in importlib.metadata.entry_points(group="vllm.general_plugins")):
+    allowed = os.environ.get(found.variable)
+    if not any(p.name == "lowbit" for p in importlib.metadata.entry_points(group=found.group)):
         return f"{version}, does not find the plugin: lowbit is not installed as a package"
     if allowed is not None and "lowbit" not in allowed.split(","):
-        return f"{version}, does not load the plugin: VLLM_PLUGINS is {allowed!r}"
-    if ".".join(version.split(".")[:2]) not in VLLM_TESTED:
-        return f"{version}, loads the plugin, which was tested with {', '.join(VLLM_TESTED)} only"
+        return f"{version}, does not load the plugin: {found.variable} is {allowed!r}"
+    if not any(version == v or version.startswith(f"{v}.") for v in found.tested):
+        return f"{version}, loads the plugin, which was tested with {', '.join(found.tested)} only"
     return f"{version}, loads the plugin"
 
 
