@@ -8,7 +8,7 @@ from tiny_llama import tiny_ids, tiny_llama
 from torch import nn
 
 import lowbit
-from lowbit.calibrate import Moments, Statistics, run_blocks, static_scale
+from lowbit.calibrate import ROWS, Moments, Statistics, added, run_blocks, static_scale
 from lowbit.formats.activation import parse_activation
 
 
@@ -72,6 +72,21 @@ def bounded(x: torch.Tensor) -> torch.Tensor:
     return torch.where(length > 2 * length.median(), x * (2 * length.median() / length), x)
 
 
+def test_some_inputs_are_kept_as_they_came() -> None:
+    moments = None
+    for seed in range(10):
+        x = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(seed))
+        moments = added(moments, x)
+        assert moments.rows is not None
+        if seed == 0:
+            assert torch.equal(moments.rows, x.flatten(0, 1)[::4])
+    assert moments is not None
+    assert moments.rows is not None
+    assert len(moments.rows) == 500
+    assert len(added(moments, torch.randn(1000, 3)).rows) == ROWS  # type: ignore[arg-type]
+    assert torch.equal(moments.divided(torch.tensor([1.0, 2, 4])).rows, moments.rows / torch.tensor([1.0, 2, 4]))
+
+
 def test_moments_are_those_of_each_layers_input() -> None:
     model, batches = tiny_llama(), [tiny_ids(seed=s) for s in (1, 2)]
     seen: dict[str, list[torch.Tensor]] = {}
@@ -88,7 +103,8 @@ def test_moments_are_those_of_each_layers_input() -> None:
     assert set(found) == {f"model.layers.{name}" for name in seen}
     for name, inputs in seen.items():
         x = torch.cat([bounded(t.flatten(0, 1)) for t in inputs]).double()
-        square, amax, _ = found[f"model.layers.{name}"]
+        square, amax, _, rows = found[f"model.layers.{name}"]
+        assert torch.equal(rows, torch.cat([t.flatten(0, 1) for t in inputs]))  # these are few enough to keep all
         torch.testing.assert_close(square.double(), x.T @ x, rtol=1e-4, atol=1e-3)
         assert torch.equal(amax, torch.cat([t.flatten(0, 1) for t in inputs]).abs().amax(0))
     # What is fed by one tensor is summed up once.

@@ -11,7 +11,7 @@ from cases import same_bits
 from tiny_llama import CONFIG, tiny_ids, tiny_llama
 from torch import Tensor, nn
 
-from lowbit import quantize_
+from lowbit import parse_config, quantize_
 from lowbit.algorithms.rotation import random_rotation
 from lowbit.calibrate import Moments, moments_of, run_blocks
 from lowbit.fold import awq_, rotate_, scale_, smooth_
@@ -105,13 +105,14 @@ def test_moments_follow_the_scales(step: str) -> None:
     run_blocks(model, [ids], found.append)
     layer = graph.layers[0]
     old = {name: model.get_submodule(name).weight for name in found[0]}
-    formats = dict.fromkeys(found[0], parse_format("int3:g16"))
-    got = smooth_(model, layer, found[0]) if step == "smoothquant" else awq_(model, layer, found[0], formats)
+    if step == "smoothquant":
+        got = smooth_(model, layer, found[0], dict.fromkeys(found[0], parse_config("int8dq").scheme))
+    else:
+        got = awq_(model, layer, found[0], dict.fromkeys(found[0], parse_format("int3:g16")))
     again = moments_of(layer.name, model.model.layers[0], [(calls[0], {})])
     changed = {n for n in old if not torch.equal(old[n], model.get_submodule(n).weight)}
-    assert {layer.at("self_attn.q_proj"), layer.at("mlp.gate_proj")} <= changed
-    if step == "awq":
-        assert {layer.at("self_attn.o_proj"), layer.at("mlp.down_proj")} <= changed
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert {layer.at(part) for part in parts} <= changed
     # Rows are shortened after they were scaled; here none are long enough for that to matter much.
     for name, moments in again.items():
         torch.testing.assert_close(got[name].amax, moments.amax, rtol=1e-5, atol=1e-6)

@@ -113,21 +113,28 @@ class _InputCaught(Exception):
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+#: How many inputs are kept as they came, of one batch and of all.
+ROWS_OF_BATCH, ROWS = 64, 512
+
+
 class Moments(NamedTuple):
     """Sums over all inputs `X (tokens, K)` of a layer in fp32, the few very long ones shortened.
 
     `square (K, K)` is `X^T X`, `amax (K,)` the largest magnitude of each channel before anything is shortened. Where
-    the original model runs beside, `drift (K, K)` is `(X0 - X)^T X`, X0 being the inputs there.
+    the original model runs beside, `drift (K, K)` is `(X0 - X)^T X`, X0 being the inputs there. `rows (R, K)` are some
+    of the inputs as they came, at most `ROWS`.
     """
 
     square: Tensor
     amax: Tensor
     drift: Tensor | None = None
+    rows: Tensor | None = None
 
     def divided(self, s: Tensor) -> Moments:
         """The moments of inputs whose channels were divided by `s (K,)`."""
         both = s * s[:, None]
-        return Moments(self.square / both, self.amax / s, None if self.drift is None else self.drift / both)
+        drift, rows = None if self.drift is None else self.drift / both, None if self.rows is None else self.rows / s
+        return Moments(self.square / both, self.amax / s, drift, rows)
 
 
 class Keeper:
@@ -273,9 +280,12 @@ def added(moments: Moments | None, x: Tensor, original: Tensor | None = None) ->
     if moments is None:
         k = flat.shape[1]
         drift = None if original is None else flat.new_zeros(k, k)
-        moments = Moments(flat.new_zeros(k, k), flat.new_zeros(k), drift)
+        moments = Moments(flat.new_zeros(k, k), flat.new_zeros(k), drift, flat[:0])
     if not flat.numel():
         return moments
+    if moments.rows is not None and len(moments.rows) < ROWS:
+        some = flat[:: -(-len(flat) // ROWS_OF_BATCH)]
+        moments = moments._replace(rows=torch.cat((moments.rows, some))[:ROWS])
     torch.maximum(moments.amax, flat.abs().amax(0), out=moments.amax)
     share = shortened(flat)
     if moments.drift is not None and original is not None:

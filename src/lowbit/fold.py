@@ -6,15 +6,16 @@ Every weight that changes becomes a new parameter: a copy that shared the old on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.awq import awq_scale
 from lowbit.algorithms.rotation import random_rotation, rotated_reader, rotated_writer
-from lowbit.algorithms.smoothquant import smooth_scale
-from lowbit.calibrate import Moments
+from lowbit.algorithms.smoothquant import GRID, least_error_scale, smooth_scale
+from lowbit.calibrate import Moments, shortened
+from lowbit.configs import Scheme
 from lowbit.formats.base import Format
 from lowbit.graph import DecoderGraph, Edge, Layer
 from lowbit.models.config import LlamaConfig
@@ -45,17 +46,28 @@ def scale_(model: nn.Module, edge: Edge, s: Tensor) -> None:
 
 
 def smooth_(
-    model: nn.Module, layer: Layer, moments: dict[str, Moments], scales: Scales | None = None
+    model: nn.Module,
+    layer: Layer,
+    moments: dict[str, Moments],
+    schemes: Mapping[str, Scheme],
+    scales: Scales | None = None,
 ) -> dict[str, Moments]:
-    """SmoothQuant on the inputs of attention and MLP, where its authors have it; moments of the scaled inputs.
+    """SmoothQuant on every edge of a layer, for those readers that will be quantized; moments of the scaled inputs.
 
-    `scales` gets what was folded.
+    Its authors leave the inputs of o and down alone; here they are scaled where that lessens the error. Heads that
+    share one head of v share its scales. `scales` gets what was folded.
     """
-    for edge in (layer.attention, layer.mlp):
-        s = smooth_scale([_weight(model.get_submodule(n)) for n in edge.readers], moments[edge.readers[0]].amax)
-        scale_(model, edge, s)
+    for edge in layer.edges:
+        readers = [(_weight(model.get_submodule(n)), *schemes[n]) for n in edge.readers if n in schemes]
+        seen = moments[edge.readers[0]]
+        if not readers or seen.rows is None or not bool(seen.amax.any()):
+            continue
+        weights = [w for w, _, _ in readers]
+        sources = [edge.to_source(smooth_scale(weights, seen.amax, alpha)) for alpha in GRID]
+        s = least_error_scale(readers, seen.rows, map(edge.to_readers, sources), shortened(seen.rows))
+        scale_(model, edge, edge.to_source(s))
         if scales is not None:
-            scales[edge.source] = s
+            scales[edge.source] = edge.to_source(s)
         moments = _scaled(moments, edge.readers, s)
     return moments
 

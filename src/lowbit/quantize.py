@@ -174,8 +174,8 @@ def quantize_(
             if journal is not None:
                 run = _run_of(work, algorithm, recipes, on_nonfinite, measure)
                 keeper = JournalKeeper(Journal(Path(journal)), model, graph, run, report, put, scales)
-            formats = {item.name: item.scheme.weight for item in work}
-            _visit_inputs(model, recipes, graph, formats, batches or [], forward, visit, keeper, scales)
+            schemes = {item.name: item.scheme for item in work}
+            _visit_inputs(model, recipes, graph, schemes, batches or [], forward, visit, keeper, scales)
             work = list(waiting.values())
         for item in work:
             convert(item)
@@ -188,26 +188,26 @@ def quantize_(
 
 
 def _visit_inputs(
-    model: nn.Module, recipes: Recipes, graph: DecoderGraph | None, formats: dict[str, Format], batches: Iterable[Any],
+    model: nn.Module, recipes: Recipes, graph: DecoderGraph | None, schemes: dict[str, Scheme], batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] | None, visit: Callable[[dict[str, Moments]], None], keeper: Keeper,
     scales: Scales,
 ) -> None:  # fmt: skip
     """Call `visit` with the moments of every Linear that runs, as they are after the scaling that a recipe asks for;
     `scales` gets that of the layer at hand. What `keeper` has is passed over."""
 
-    scaled = {name: fmt for name, fmt in formats.items() if recipes.by_layer[name].scaling}
+    scaled = {name: scheme for name, scheme in schemes.items() if recipes.by_layer[name].scaling}
 
     def scale(layer: Layer, moments: dict[str, Moments]) -> dict[str, Moments]:
         scales.clear()
         if recipes.scaling == "awq":
-            return awq_(model, layer, moments, scaled, scales)
-        return smooth_(model, layer, moments, scales) if recipes.scaling == "smoothquant" else moments
+            return awq_(model, layer, moments, {n: s.weight for n, s in scaled.items()}, scales)
+        return smooth_(model, layer, moments, schemes, scales) if recipes.scaling == "smoothquant" else moments
 
     if graph is None:
         run_blocks(model, batches, visit, forward, keeper)
     elif "align" in recipes.steps:
         prepare = scale if recipes.scaling else None
-        run_stages(model, graph, batches, visit, forward, wanted=formats.keys(), prepare=prepare, keeper=keeper)
+        run_stages(model, graph, batches, visit, forward, wanted=schemes.keys(), prepare=prepare, keeper=keeper)
     else:
         layers = {name: layer for layer in graph.layers for stage in layer.stages for name in stage}
         run_blocks(
