@@ -3,13 +3,17 @@
     python benchmarks/accuracy.py MODEL --out benchmarks/results/NAME.json
 
 MODEL is what the command line takes. Calibration and evaluation use different parts of the packaged text, or the files
-given. Every row starts from the original; all are compared with it token by token. Rows that the output file has
-already, measured in the same way, are kept: a run that was stopped goes on.
+given. Every row starts from the original; all are compared with it token by token. An algorithm that ends in `+tune` is
+followed by `tune_scales_` on text that it has not seen. `--peers` adds other libraries that are installed, as
+accuracy_peers.py has them. Rows that the output file has already, measured in the same way, are kept: a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.metadata
 import json
 import platform
 import sys
@@ -19,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_peers import VARIANTS
+from torch import nn
 
 from lowbit.quantize import quantize_
 from lowbit.recipe import ROUNDINGS, parse_recipe
 from lowbit.specs import parse_config
 from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
 from lowbit.tools.sources import find_source, rules_for, variant
+from lowbit.tools.tasks import TaskResult, run_tasks
+from lowbit.tune import tune_scales_
 
 CONFIGS = "int4wo-128,int4wo-32,int3wo-64,int2wo-32-asym,nf4wo-64,mxfp4wo,nvfp4wo"
 
@@ -35,6 +43,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--configs", default=CONFIGS)
     parser.add_argument("--algorithms", default=",".join(ROUNDINGS), help="words as quantize_ takes them")
+    parser.add_argument("--peers", help="libraries, joined by commas: torchao, hqq, bitsandbytes, optimum-quanto")
+    parser.add_argument("--tune-tokens", type=int, default=16384, help="behind those that algorithms see, for +tune")
+    parser.add_argument("--tasks", help="multiple choice of lm-eval, joined by commas")
+    parser.add_argument("--task-folder", type=Path, help="where YAML files define them; default: lm-eval's own")
+    parser.add_argument("--task-limit", type=int, help="only the first so many questions of each")
     parser.add_argument("--text", type=Path, help="what is evaluated; default: the packaged prose")
     parser.add_argument("--calibration", type=Path, help="what algorithms see; default: the end of the packaged prose")
     parser.add_argument("--tokens", type=int, default=8192)
@@ -44,19 +57,28 @@ def main() -> int:
     source = find_source(args.model)
     original, tokenizer = source.model(), source.tokenizer()
     ids = torch.tensor(tokenizer.encode(args.text.read_text() if args.text else held_out_text()))
-    seen = torch.tensor(tokenizer.encode(args.calibration.read_text())) if args.calibration else ids
-    seen = seen[: args.calibration_tokens] if args.calibration else seen[-args.calibration_tokens :]
-    seen = seen[: len(seen) // args.window * args.window]
-    if not args.calibration and len(ids) < args.tokens + len(seen):
+    wanted = args.calibration_tokens // args.window * args.window
+    more = args.tune_tokens if any(a.endswith("+tune") for a in args.algorithms.split(",")) else 0
+    seen = torch.tensor(tokenizer.encode(args.calibration.read_text())) if args.calibration else ids[-wanted - more :]
+    if not args.calibration and len(ids) < args.tokens + wanted + more:
         parser.error("the text is too short to keep what is evaluated apart from what algorithms see")
+    # Half as long: as many tokens make twice as many steps.
+    tuning = list(seen[wanted : wanted + more].view(1, -1).split(args.window // 2, 1))
+    seen = seen[:wanted]
     measured = ids[: args.tokens]
     reference = reference_of(original, measured, args.window)
     rows: list[dict[str, Any]] = []
+    answers: list[TaskResult] = []  # of the original
 
     def add(config: str, algorithm: str, seconds: float, model: torch.nn.Module, bits: float) -> None:
         q = evaluate(model, measured, reference, args.window)
         # `seconds` is the time of the quantization, not of the evaluation.
         rows.append({"config": config, "algorithm": algorithm, "bits_per_weight": bits, **vars(q), "seconds": seconds})
+        if args.tasks:
+            asked = args.tasks.split(",")
+            found = run_tasks(model, tokenizer, asked, folder=args.task_folder, limit=args.task_limit)
+            answers.extend(found if not answers else [])
+            rows[-1]["tasks"] = [vars(r.against(o)) for r, o in zip(found, answers)]
         kl = "" if q.kl_mean is None else f"KL {q.kl_mean:.4f} top-1 {100 * (q.top1_agreement or 0):.1f} %"
         print(f"{config:16} {algorithm:24} perplexity {q.perplexity:10.2f} {kl} {seconds:.0f} s", flush=True)
         if args.out:
@@ -68,22 +90,42 @@ def main() -> int:
         "tokens": args.tokens, "calibration_tokens": len(seen), "window": args.window,
         "text": args.text.name if args.text else "packaged", "calibration": args.calibration and args.calibration.name,
     }  # fmt: skip
+    if any(a.endswith("+tune") for a in args.algorithms.split(",")):
+        info["tune_tokens"] = args.tune_tokens
+    if args.tasks:
+        info |= {"tasks": args.tasks, "task_limit": args.task_limit, "lm_eval": importlib.metadata.version("lm-eval")}
+    libraries = args.peers.split(",") if args.peers else []
+    if libraries:
+        info["peers"] = {name: importlib.metadata.version(name) for name in libraries}
     if args.out and args.out.exists():
         kept = json.loads(args.out.read_text())
         if any(kept["info"].get(key) != value for key, value in info.items() if key not in ("command", "date")):
             parser.error(f"{args.out} was measured in another way: {kept['info']}; give another --out")
         info, rows = kept["info"] | {"command": info["command"]}, kept["rows"]
+        answers = [TaskResult(**t | {"choices": tuple(t["choices"])}) for t in rows[0].get("tasks", [])]
     done = {(row["config"], row["algorithm"]) for row in rows}
     if not rows:
         add("bf16", "", 0.0, original, 16.0)
+    last = ("", "")
     for config, algorithm in product(args.configs.split(","), args.algorithms.split(",")):
         if (config, algorithm) in done:
             continue
-        model = variant(original)
         started = time.perf_counter()
-        batches = list(seen.view(-1, 1, args.window)) if parse_recipe(algorithm).needs_batches else None
-        quantize_(model, rules_for(model, config, {}), algorithm=algorithm, batches=batches, measure=False)
+        windows, word = list(seen.view(-1, 1, args.window)), algorithm.removesuffix("+tune")
+        if word == algorithm or (config, word) != last:
+            model, last = variant(original), (config, word)
+            batches = windows if parse_recipe(word).needs_batches else None
+            quantize_(model, rules_for(model, config, {}), algorithm=word, batches=batches, measure=False)
+        if word != algorithm:
+            tune_scales_(model, original, tuning)
         add(config, algorithm, time.perf_counter() - started, model, parse_config(config).scheme.weight.bits_per_weight)
+    for peer in VARIANTS:
+        if peer.library in libraries and (peer.config, peer.name) not in done:
+            # Not `variant`: a library may change a weight where it lies.
+            model, started = copy.deepcopy(original), time.perf_counter()
+            names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+            peer.change(model, names)
+            add(peer.config, peer.name, time.perf_counter() - started, model, peer.bits_per_weight)
     return 0
 
 

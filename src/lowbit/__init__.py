@@ -38,6 +38,7 @@ from lowbit.report import Report
 from lowbit.rules import FqnToConfig
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
+from lowbit.tune import tune_scales_
 from lowbit.warmup import warmup
 
 from lowbit import dispatch  # isort: skip  # noqa: F401  (fills the tables of QuantizedTensor)
@@ -86,6 +87,7 @@ __all__ = [
     "prepare_qat_",
     "quantize_",
     "save",
+    "tune_scales_",
     "use_kernel",
     "verify",
     "warmup",
