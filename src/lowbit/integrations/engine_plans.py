@@ -100,7 +100,7 @@ class Asked:
         self.everywhere: Config | None = parse_config(config) if isinstance(config, str) else None
         rules: Mapping[str, str | None] = {} if isinstance(config, str) else config
         self.rules = {name: None if rule is None else parse_config(rule) for name, rule in rules.items()}
-        self.named = [name for name in self.rules if not name.startswith("re:")]
+        self.named = [name for name in self.rules if _is_name(name)]
         self._used: set[str] = {"_default"}  # it may have nothing left to do
         self._seen: list[str] = []
         for rule in [self.everywhere, *self.rules.values()]:
@@ -152,9 +152,13 @@ class Asked:
     def renamed(self, name_of: Callable[[str], str]) -> Asked:
         other = Asked({})
         other.everywhere = self.everywhere
-        other.rules = {r if r.startswith("re:") or r == "_default" else name_of(r): c for r, c in self.rules.items()}
-        other.named = [name for name in other.rules if not name.startswith("re:")]
+        other.rules = {name_of(rule) if _is_name(rule) else rule: config for rule, config in self.rules.items()}
+        other.named = [name for name in other.rules if _is_name(name)]
         return other
+
+
+def _is_name(rule: str) -> bool:
+    return not rule.startswith("re:") and rule != "_default"
 
 
 def plan_of_section(config: Mapping[str, Any], added: Iterable[str] = ()) -> Plan:
