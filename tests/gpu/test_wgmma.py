@@ -29,7 +29,8 @@ CONFIGS = [
     Config(256, split=2), Config(16, blocks=2, own_order=True), Config(32, cut=True, blocks=2, own_order=True),
     Config(64, 2, own_order=True), Config(64, split=4, own_order=True), Config(128, own_order=True),
     Config(128, 2, own_order=True), Config(256, cut=True, own_order=True), Config(128, split=4, own_order=True),
-    Config(256, split=2, own_order=True),
+    Config(256, split=2, own_order=True), Config(64, cut=True, warpgroups=3), Config(128, split=4, warpgroups=3),
+    Config(128, warpgroups=3, own_order=True), Config(64, split=2, warpgroups=3, own_order=True),
 ]  # fmt: skip
 
 

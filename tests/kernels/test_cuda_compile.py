@@ -21,20 +21,22 @@ from cases import each_format
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format, registered
-from lowbit.kernels.cuda import decode, dequant, loader, small_m, wgmma
+from lowbit.kernels.cuda import decode, dequant, loader, scaled_mm, small_m, wgmma
+from lowbit.kernels.cuda.tiles import Tiling
 from lowbit.kernels.cuda.wgmma import Config
 from lowbit.kernels.problem import Problem
 from lowbit.kernels.select import compile_ahead, select
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install cuda-bindings nvidia-cuda-nvrtc")
 HOPPER = (9, 0)
-# One instance for each kind of tile: two blocks per multiprocessor, two rows of tiles per warpgroup, most tokens.
-TILES = [Config(32, blocks=2), Config(64, split=4), Config(128, 2), Config(256)]
+# One instance for each kind of tile: two blocks per multiprocessor, two rows of tiles per warpgroup, most tokens, three
+# warpgroups.
+TILES = [Config(32, blocks=2), Config(64, split=4), Config(128, 2), Config(256), Config(128, warpgroups=3, split=4)]
 
 
 def tiles(fmt: Format) -> list[Config]:
     """Those that may be chosen: where decoding in their own order costs little, activations of many tokens have it."""
-    cost = decode.own_order_cost(fmt)
+    cost = decode.cost(fmt, own_order=True)
     if cost is None:
         return TILES
     own = [replace(c, own_order=True) for c in TILES]
@@ -128,6 +130,42 @@ def test_matrix_units_in_fp16(spec: str) -> None:
         code = instructions(wgmma_code(parse_format(spec), config, torch.float16), "wgmma_kernel")
         assert all(".F32" in line and "BF16" not in line for line in code if "HGMMA" in line)
         assert_in_registers(code, "HGMMA")
+
+
+@pytest.mark.parametrize(
+    ("spec", "product", "sizes"),
+    [("int8:row", "IGMMA", (8, 64, 256)), ("float8_e4m3:row", "QGMMA", (8, 64, 128)),
+     ("float8_e5m2:row", "QGMMA", (64,)), ("int4:g128", "QGMMA", (8, 64, 128)), ("int4:g32", "QGMMA", (64,))],
+)  # fmt: skip
+@pytest.mark.parametrize("tile", [Tiling(8), Tiling(8, cut=True, blocks=2, warpgroups=1)], ids=str)
+def test_codes_times_codes(spec: str, product: str, sizes: tuple[int, ...], tile: Tiling) -> None:
+    for tokens in sizes:
+        c = replace(tile, tokens=tokens, split=4 if tokens == 64 and not tile.cut else 1)
+        if isinstance(scaled_mm.constants(parse_format(spec), c), str):
+            continue
+        code = instructions(scaled_mm.source(parse_format(spec), c, torch.bfloat16).machine_code(HOPPER), "scaled_mm")
+        products = [line for line in code if product in line]
+        assert len(products) >= 4
+        assert all(f"64x{tokens}x32" in line for line in products)
+        assert sum("UTMALDG.2D" in line for line in code) >= 2
+        assert_in_registers(code, product)
+
+
+def test_every_number_of_tokens_has_an_instance_for_codes() -> None:
+    for spec in ("int8:row", "float8_e4m3:row", "int4:g128", "mxfp4"):
+        fmt = parse_format(spec)
+        for m in (1, 9, 17, 33, 65, 129, 5000):
+            for n, k in ((5, 16), (4096, 4096), (28672, 4096), (4096, 14336)):
+                c = scaled_mm.config_for(fmt, m, n, k, 132)
+                used = scaled_mm.stages(fmt, c) * scaled_mm.stage_bytes(fmt, c) + c.output_bytes + 1024
+                assert used * c.blocks <= 227 << 10
+                defines = scaled_mm.constants(fmt, c)
+                assert not isinstance(defines, str)
+                if scaled_mm.looked_up(fmt):
+                    d, at_launch = dict(defines), 512 // (c.warpgroups + 1) // c.blocks // 8 * 8
+                    assert d["PRODUCER_REGS"] + c.warpgroups * d["CONSUMER_REGS"] <= at_launch * (c.warpgroups + 1)
+                assert c.split * scaled_mm.DEPTH <= max(k, scaled_mm.DEPTH)
+    assert scaled_mm.config_for(parse_format("int8:row"), 100, 4096, 14336, 132).split > 1  # few tiles
 
 
 @each_format

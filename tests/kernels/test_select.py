@@ -109,6 +109,17 @@ def test_when_nothing_applies_every_reason_is_listed(monkeypatch: pytest.MonkeyP
     ("cublas_scaled_mm", "float8_e4m3:row", {"act": "float8_e4m3:row", "k": 100}, "divisible by 16"),
     ("cublas_scaled_mm", "float8_e4m3:row", {"act": "float8_e5m2:row"}, "different elements"),
     ("cublas_scaled_mm", "float8_e4m3:b128x128", {"act": "float8_e4m3:row"}, "scales are not per row"),
+    ("cuda_scaled_mm", "int4:g128", {"act": "int8:row"}, "float8_e4m3 only"),
+    ("cuda_scaled_mm", "int4:g128:asym", {"act": "float8_e4m3:row"}, "zero points"),
+    ("cuda_scaled_mm", "nvfp4", {"act": "float8_e4m3:row"}, "two levels"),
+    ("cuda_scaled_mm", "nf4:g64", {"act": "float8_e4m3:row"}, "no products of"),
+    ("cuda_scaled_mm", "int4:g128", {"act": "float8_e4m3:row", "k": 4096 + 16}, "multiples of 16 bytes"),
+    ("cuda_scaled_mm", "int8:row", {"act": "int8:row", "arch": (8, 0)}, "Hopper's matrix units"),
+    ("cuda_scaled_mm", "int8:row", {"act": "int8:row", "k": 100}, "multiples of 16 bytes"),
+    ("cuda_scaled_mm", "int8:row", {"act": "int8:row", "k": 1 << 17}, "can overflow"),
+    ("cuda_scaled_mm", "int8:row", {"act": "int8:row", "dtype": torch.float32}, "written for bf16 and fp16"),
+    ("cuda_scaled_mm", "int8:row", {"act": "int8:row:asym"}, "zero points"),
+    ("cuda_scaled_mm", "float8_e4m3:row", {"act": "float8_e4m3:row", "m": 129}, "above 128, where cuBLAS"),
     ("cublas_scaled_mm", "nvfp4", {"act": "nvfp4"}, "no 8-bit codes"),
     ("cublas_scaled_mm", "int8:row", {"act": "int8:row:asym"}, "zero points"),
     ("aten_int8_packed", "int8:row", {"k": 100, "device": "cpu"}, "K % 32"),
@@ -123,9 +134,13 @@ def test_reasons(name: str, spec: str, changes: dict[str, object], reason: str) 
 
 
 def test_eight_bit_matmuls_are_chosen_on_hopper() -> None:
-    on_gpu = {"device": "cuda", "arch": (9, 0), "n": 4096, "k": 4096}
-    float8 = select(problem("float8_e4m3:row", 128, act="float8_e4m3:row", **on_gpu))  # type: ignore[arg-type]
-    assert float8.kernel.name == "cublas_scaled_mm"
+    def chosen(spec: str, m: int, arch: tuple[int, int] = (9, 0)) -> str:
+        return select(problem(spec, m, 4096, 4096, spec, device="cuda", arch=arch)).kernel.name
+
+    assert chosen("float8_e4m3:row", 128) == chosen("float8_e5m2:row", 128) == "cuda_scaled_mm"
+    assert chosen("float8_e4m3:row", 129) == chosen("float8_e4m3:row", 128, (8, 9)) == "cublas_scaled_mm"
+    assert chosen("int8:row", 16) == chosen("int8:row", 4096) == "cuda_scaled_mm"
+    assert chosen("int8:row", 16, (8, 0)) == chosen("float8_e5m2:row", 129) == "triton_scaled_mm"
 
 
 def test_parsing_is_cached() -> None:

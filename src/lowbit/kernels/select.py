@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 
 from lowbit.errors import see
+from lowbit.formats.base import Format
 from lowbit.kernels.cpu import native
-from lowbit.kernels.cuda import loader, small_m, wgmma
+from lowbit.kernels.cuda import loader, scaled_mm, small_m, wgmma
 from lowbit.kernels.cuda.loader import Source
 from lowbit.kernels.problem import Problem, UnsupportedError, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors
@@ -104,23 +105,31 @@ def _weight_only(p: Problem) -> str | None:
     return _triton(p)
 
 
+def _whole_codes(side: str, fmt: Format) -> str | None:
+    """Why one side of a matmul is not 8-bit codes with a scale per row or tensor, and nothing else."""
+    if fmt.element.vector != 1 or fmt.element.bits != 8 or fmt.has("codebook"):
+        return f"the {side} has no 8-bit codes"
+    if fmt.has("zero_point"):
+        return f"the {side} has zero points"
+    if fmt.plane("scale").k is not None or fmt.plane("scale").n not in (None, 1):
+        return f"the {side}'s scales are not per row or per tensor"
+    if fmt.has("outer_scale") or fmt.has("scale_offset"):
+        return f"the {side} has two levels of scales"
+    return None
+
+
+def _activation_codes(p: Problem) -> str | None:
+    return (
+        "the activation is not quantized" if p.activation is None else _whole_codes("activation", p.activation.format)
+    )
+
+
 def _eight_bit(p: Problem) -> str | None:
     """Conditions common to matmuls whose two operands are whole 8-bit codes with scales per row or tensor."""
-    act, w = p.activation, p.weight
-    if act is None:
-        return "the activation is not quantized"
-    for side, fmt in (("activation", act.format), ("weight", w)):
-        if fmt.element.vector != 1 or fmt.element.bits != 8 or fmt.has("codebook"):
-            return f"the {side} has no 8-bit codes"
-        if fmt.has("zero_point"):
-            return f"the {side} has zero points"
-        if fmt.plane("scale").k is not None or fmt.plane("scale").n not in (None, 1):
-            return f"the {side}'s scales are not per row or per tensor"
-        if fmt.has("outer_scale") or fmt.has("scale_offset"):
-            return f"the {side} has two levels of scales"
-    if act.format.element != w.element:
+    reason = _activation_codes(p) or _whole_codes("weight", p.weight)
+    if reason is None and p.activation is not None and p.activation.format.element != p.weight.element:
         return "activation and weight have different elements"
-    return None
+    return reason
 
 
 def _scaled_mm(p: Problem) -> str | None:
@@ -148,6 +157,17 @@ def _triton_scaled_mm(p: Problem) -> str | None:
     elif p.arch is None or p.arch < (8, 9):
         return "matrix units multiply float8 from compute capability 8.9"
     return _triton(p)
+
+
+def _cuda_scaled_mm(p: Problem) -> str | None:
+    # Activations are quantized by a Triton kernel before this one runs.
+    if scaled_mm.looked_up(p.weight):
+        codes = _activation_codes(p)
+        if codes is None and p.activation is not None and p.activation.format.planes[0].dtype != torch.float8_e4m3fn:
+            codes = "codes of 4 bits meet float8_e4m3 only"
+    else:
+        codes = _eight_bit(p)
+    return codes or scaled_mm.why_not(p) or triton_missing()
 
 
 def _cpu_int8(p: Problem) -> str | None:
@@ -187,6 +207,15 @@ KERNELS: tuple[Kernel, ...] = (
         sources=small_m.sources,
         silu_mul="cuda.small_m:small_m_silu_mul",
         operand="levels",
+    ),
+    Kernel(
+        "cuda_scaled_mm",
+        "cuda",
+        "cuda.scaled_mm:scaled_mm",
+        _cuda_scaled_mm,
+        config=scaled_mm.describe,
+        sources=scaled_mm.sources,
+        operand="codes",
     ),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm, operand="codes"),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm, operand="codes"),

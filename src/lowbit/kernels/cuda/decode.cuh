@@ -31,6 +31,9 @@ typedef unsigned char u8;
 #ifndef FP16
 #define FP16 0
 #endif
+#ifndef AS_CODES
+#define AS_CODES 0  // codes are multiplied as they are, and need no powers of two
+#endif
 #ifndef COPIES
 #define COPIES 32  // of a table in shared memory: every lane has a bank of its own; or 8, where room is scarce
 #endif
@@ -447,7 +450,8 @@ __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
 }
 
 // What undoes the powers of two that decoding leaves.
-constexpr float UNDO = exp2i(FOLDED                                              ? FOLD + (KIND == INT && BITS == 1)
+constexpr float UNDO = exp2i(AS_CODES                                            ? 0
+                             : FOLDED                                            ? FOLD + (KIND == INT && BITS == 1)
                              : FP16 && KIND == INT && SCALE_MODE == PER_CHUNK ? UNIT - BASE_UNIT
                                                                                : UNIT);
 

@@ -82,22 +82,26 @@ def constants(fmt: Format, quads: tuple[int, ...] = (16, 8, 4)) -> Defines | str
     return tuple(sorted(defines.items()))
 
 
-def own_order_cost(fmt: Format) -> float | None:
-    """How many times as long decoding takes for activations in their own order, on an H100.
+def cost(fmt: Format, own_order: bool) -> float | None:
+    """How long decoding takes in `cuda_wgmma`, in times of int4 in groups of 128 for activations that are laid out.
 
-    From times of `cuda_wgmma` both ways; for integers in groups of 32 from counts of instructions, 325 instead of 199
-    of a warp for 128 weights of its 16 rows (246 instead of 201 in groups of 128). None where the products of
-    `decode.cuh` cannot meet such activations: for codes that are not of 4 or 8 bits in one plane, and groups of fewer
-    than 32.
+    Fitted to times on an H100 (docs/measured.md) for 4 and 8 bits, from counts of instructions for other widths.
+    None where the products of `decode.cuh` cannot meet activations in their own order: for codes that are not of 4 or 8
+    bits in one plane, and groups of fewer than 32.
     """
     e, group = fmt.element, fmt.plane("scale").k
-    if e.bits not in (4, 8) or len(e.code_planes) > 1 or e.vector > 1 or (group is not None and group % 32):
+    if e.bits not in (4, 8) or len(e.code_planes) > 1 or e.vector > 1:
+        return None if own_order else 1.3 if len(e.code_planes) > 1 else 0.8 if e.bits < 4 else 1.8
+    if own_order and group is not None and group % 32:
         return None
+    fine = group is not None and group < 64
     if e.bits == 8:
-        return 1.8
+        return 2.05 if own_order else 1.4
+    if isinstance(e, TableElement):
+        return 2.1 if own_order else 1.8
     if isinstance(e, IntElement):
-        return 1.12 if group is None or group >= 64 else 2.5
-    return 1.6 if isinstance(e, TableElement) else 4.0
+        return (1.8 if own_order else 1.27) if fine else (1.16 if own_order else 1.0)
+    return 2.6 if own_order else 1.35 if group is None or group >= 32 else 1.8
 
 
 def defines_of(fmt: Format) -> Defines:

@@ -8,39 +8,29 @@
 // activations come as they are, through a tensor map: decoding takes one instruction more per pair, and no kernel is
 // needed ahead.
 //
-// While the tensor cores multiply some steps of 16 weights, the next is decoded into other registers. Blocks stay for
-// the whole run: copies for the next tile are under way while a warp writes its outputs, and warpgroups drift apart, so
-// that one multiplies while another writes.
+// While the tensor cores multiply some steps of 16 weights, the next is decoded into other registers. Copies for the next
+// tile are under way while a warp writes its outputs, and warpgroups drift apart, so that one multiplies while another
+// writes. tiles.cuh says which tiles a block has.
 //
-// Where tiles do not fill the blocks evenly, the last of them are cut along K into equal shares. A block goes through its
-// share from the end to the beginning: the parts of a tile that other blocks have are then their first, and belong to
-// blocks of lower numbers, which never wait for those of higher ones. Their sums are added in a fixed order.
-//
-// Where there are very few tiles, the SPLIT blocks of a team share each: every block has a part of K, leaves its sums for
-// the blocks that finish them, and finishes those of some tokens itself.
-//
-// Compiled with -D beyond those of decode.cuh: TOKENS, ROW_TILES, CONSUMERS (warpgroups), SPLIT, OWN_ORDER, X_OCTETS (per
-// stage of activations), X_STAGES, W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)`
+// Compiled with -D beyond those of decode.cuh and tiles.cuh: OWN_ORDER, X_OCTETS (per stage of activations), X_STAGES,
+// W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)`
 // for TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images, if there are any.
 
 #include "decode.cuh"
+#include "tiles.cuh"
 
 constexpr int THREADS = 128 * (1 + CONSUMERS);
-constexpr int ROWS = 64 * ROW_TILES * CONSUMERS;
 constexpr int IMAGES = STEP / 64;  // per stage of weights; two octets each
 constexpr int IMAGE_BYTES = TOKENS * 128, X_BYTES = X_OCTETS / 2 * IMAGE_BYTES;
 constexpr int BATCH = 2;  // steps of 16 weights that are multiplied together; four proved no faster
 constexpr int BATCHES = 2 * OCTETS / BATCH;  // per step
 constexpr int X_STEPS = OCTETS / X_OCTETS;  // stages of activations per stage of weights
 constexpr int W_BYTES = ROWS * 4 * (16 + TWO + ONE);
-constexpr int FINISHED = TOKENS / SPLIT;  // tokens of a tile whose outputs a block finishes
 constexpr int PIECES = OWN_ORDER ? 4 / BATCHES : 2;  // of 16 bytes of a row, per batch
 constexpr int STEP_SCALES = OWN_ORDER && SCALE_MODE == PER_CHUNK && GROUP < STEP ? STEP / GROUP : SCALES;  // that a lane needs
 constexpr int W_THREADS = 64;  // of the producers, the others bring activations
 // Groups of whole steps multiply fp32 sums where these are few; else scales multiply the decoded pairs.
 constexpr bool SUMS = SCALE_MODE == PER_STEP;
-constexpr int OUT_TOKENS = FINISHED < 32 ? FINISHED : 32;  // that a warp writes at a time, through shared memory:
-constexpr int OUT_STRIDE = 48;                         // bytes of a token's 16 outputs there; 16 more for the banks
 
 // One plane of a tile: four chunks of BYTES of every row, from the byte `at` of the row. `rows` are byte offsets.
 template <int BYTES>
@@ -52,11 +42,6 @@ __device__ __forceinline__ void copy_plane(u32 to, const u8 *from, const u32 (&r
 
 // Sixteen bytes of every row are moved so that eight rows can be read at a time, where lanes share what they read.
 __device__ __forceinline__ int moved_piece(int row, int piece) { return OWN_ORDER ? piece ^ row / 2 % 4 : piece; }
-
-// How the copy engine finds boxes of TOKENS x 64 activations (loader.tensor_map).
-struct alignas(64) TensorMap {
-    u32 words[32];
-};
 
 // `chunk` counts the four chunks of every row of the stage.
 __device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, u32 chunk) {
@@ -87,136 +72,8 @@ extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *im
     images[i] = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// Where a tile lies. Token tiles are neighbours in time, up to eight of them, so that rows of W are read from memory
-// once.
-struct Tile {
-    int row, token;
-};
-
-// The SPLIT blocks that share tiles are a team.
-__device__ __forceinline__ int member() { return blockIdx.x % SPLIT; }
-__device__ __forceinline__ int team() { return blockIdx.x / SPLIT; }
-__device__ __forceinline__ int teams() { return gridDim.x / SPLIT; }
-__device__ __forceinline__ int row_tiles(const Arguments &a) { return (a.n + ROWS - 1) / ROWS; }
-
-__device__ __forceinline__ Tile tile_at(const Arguments &a, int tile) {
-    const int rows = row_tiles(a), token_tiles = (a.m + TOKENS - 1) / TOKENS;
-    const int band = tile / (8 * rows), width = min(8, token_tiles - 8 * band), inside = tile - band * 8 * rows;
-    return {inside / width * ROWS, (8 * band + inside % width) * TOKENS};
-}
-
-// A part of a tile: steps [begin, end) of K.
-struct Piece {
-    int tile, begin, end;
-};
-
-// The pieces of a team, one after the other: of the tiles that are cut, the steps from first(team) to first(team + 1) of all
-// in a row; then whole tiles, which go around the teams.
-struct Work {
-    int tiles, steps, cut_tiles, share, rest, at, whole;
-
-    __device__ __forceinline__ Work(const Arguments &a, int cut)
-        : tiles(row_tiles(a) * ((a.m + TOKENS - 1) / TOKENS)), steps((a.k + STEP - 1) / STEP),
-          cut_tiles(cut ? tiles - max(tiles / teams() - 1, 0) * teams() : 0), share(cut_tiles * steps / teams()),
-          rest(cut_tiles * steps % teams()), at(first(team() + 1)), whole(cut_tiles + team()) {}
-
-    __device__ __forceinline__ int first(int team) const { return share * team + rest * team / teams(); }
-
-    __device__ __forceinline__ bool next(Piece &p) {
-        const int begin = first(team());
-        if (at > begin) {
-            p.tile = (at - 1) / steps;
-            p.end = at - p.tile * steps;
-            at = max(begin, p.tile * steps);
-            p.begin = at - p.tile * steps;
-            return true;
-        }
-        p = {whole, steps * member() / SPLIT, steps * (member() + 1) / SPLIT};
-        whole += teams();
-        return p.tile < tiles;
-    }
-};
-
-// The threads of one consumer warpgroup wait for each other.
-__device__ __forceinline__ void group_barrier(int group) {
-    asm volatile("barrier.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
-
-// Flags lie in memory that holds anything before; raised is one that equals this launch's number. Who waited lowers it:
-// a graph that is replayed finds the same memory and has the same number.
-__device__ __forceinline__ void raise(u64 *flag, u64 number) {
-    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(number) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(u64 *flag, u64 number) {
-    u64 v;
-    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(flag) : "memory");
-    while (v != number);
-    *flag = 0;
-}
-
-// Sums of a warpgroup of a block, in the order of its registers.
-__device__ __forceinline__ float4 *sums_at(float4 *sums, int block, int group) {
-    return sums + (long long)(block * CONSUMERS + group) * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
-}
-
-// The flag that says so to the member `to` of a team, or to whoever finishes a tile that is cut.
-__device__ __forceinline__ u64 *flag_at(u64 *flags, int block, int group, int to) { return flags + (block * CONSUMERS + group) * SPLIT + to; }
-
-// The 16 outputs of a warp for OUT_TOKENS tokens at a time: transposed in shared memory, written 16 bytes at a time.
-__device__ __forceinline__ void write_outputs(const Arguments &a, const float *acc, int n, int first_token, u32 buffer) {
-    const int lane = threadIdx.x % 32, quad = lane % 4;
-    const Finish rows[2] = {finish_of(a, min(n + lane / 4, a.n - 1)), finish_of(a, min(n + lane / 4 + 8, a.n - 1))};
-#pragma unroll
-    for (int t = 0; t < FINISHED; t += OUT_TOKENS) {
-        if (first_token + t >= a.m) break;
-        // Two pairs of 8 x 8 matrices: rows 0..7 and 8..15 of eight tokens, then of the next eight.
-#pragma unroll
-        for (int j = 0; j < OUT_TOKENS / 8; j += 2) {
-            u32 words[4];
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                if (8 * (j + b) >= OUT_TOKENS) break;
-                const int token = first_token + t + 8 * (j + b) + 2 * quad;
-                const float scales[2] = {token_scale(a, min(token, a.m - 1)), token_scale(a, min(token + 1, a.m - 1))};
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const float *v = &acc[(t / 8 + j + b) * 4 + 2 * h];
-                    words[2 * b + h] = narrow2(finish(a, v[0], rows[h], scales[0]), finish(a, v[1], rows[h], scales[1]));
-                }
-            }
-            const u32 to = buffer + (8 * (j + lane / 16) + lane % 8) * OUT_STRIDE + lane / 8 % 2 * 16;
-            if constexpr (OUT_TOKENS >= 16)
-                asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
-                             "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
-            else
-                asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(words[0]), "r"(words[1])
-                             : "memory");
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = lane; i < 2 * OUT_TOKENS; i += 32) {
-            const int token = first_token + t + i / 2, at = n + i % 2 * 8;
-            if (token >= a.m || at >= a.n) continue;
-            uint4 v;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(buffer + i / 2 * OUT_STRIDE + i % 2 * 16));
-            u16 *y = a.y + (long long)token * a.n + at;
-            if (a.n % 8 == 0) {
-                *(uint4 *)y = v;
-            } else {
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    if (at + e < a.n) y[e] = words[e / 2] >> e % 2 * 16;
-            }
-        }
-        __syncwarp();
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap map, float4 *sums, u64 *flags, u64 number, int cut) {
+wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap map, const Exchange exchange, int cut) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) u64 barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
@@ -235,7 +92,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
     }
     __syncthreads();
 
-    Work work(a, cut);
+    Work work(a, (a.k + STEP - 1) / STEP, cut);
     Piece piece;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, quad = lane % 4;
 
@@ -444,85 +301,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
             if constexpr (SUMS) add_part();
             const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_TOKENS * OUT_STRIDE;
             const int first_row = at.row + base_row - lane / 4;
-            if constexpr (SPLIT > 1) {
-                constexpr int QUARTETS = FINISHED / 8;
-                float own[ROW_TILES][FINISHED / 2];
-                float4 *to = sums_at(sums, blockIdx.x, group);
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                    for (int e = 0; e < TOKENS / 8; e++) {
-                        if (e / QUARTETS != member()) to[(i * (TOKENS / 8) + e) * 128] = *(float4 *)&acc[i][4 * e];
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            float &v = own[i][e % QUARTETS * 4 + j];
-                            v = e < QUARTETS || e / QUARTETS == member() ? acc[i][4 * e + j] : v;
-                        }
-                    }
-                group_barrier(group);
-                const int other = threadIdx.x % 128;
-                if (other < SPLIT && other != member()) {
-                    raise(flag_at(flags, blockIdx.x, group, other), number);
-                    wait_for(flag_at(flags, team() * SPLIT + other, group, member()), number);
-                }
-                group_barrier(group);
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-                    float total[FINISHED / 2] = {};
-#pragma unroll
-                    for (int r = 0; r < SPLIT; r++) {
-                        const float4 *from = sums_at(sums, team() * SPLIT + r, group) + member() * QUARTETS * 128;
-                        keep(from);
-#pragma unroll
-                        for (int e = 0; e < QUARTETS; e++) {
-                            float4 v = *(float4 *)&own[i][4 * e];
-                            if (r != member()) v = __ldcg(from + (i * (TOKENS / 8) + e) * 128);
-                            total[4 * e] += v.x, total[4 * e + 1] += v.y, total[4 * e + 2] += v.z, total[4 * e + 3] += v.w;
-                        }
-                    }
-                    write_outputs(a, total, first_row + 64 * i, at.token + member() * FINISHED, buffer);
-                }
-                continue;
-            }
-            if (end < work.steps) {
-                float4 *to = sums_at(sums, blockIdx.x, group);
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                    for (int e = 0; e < TOKENS / 8; e++) to[(i * (TOKENS / 8) + e) * 128] = *(float4 *)&acc[i][4 * e];
-                group_barrier(group);
-                if (threadIdx.x % 128 == 0) raise(flag_at(flags, blockIdx.x, group, 0), number);
-                continue;
-            }
-            if (begin > 0) {
-                // The teams before have the other parts of this tile. Their sums are added in the order of these teams;
-                // where they are few, those of several are on their way together.
-                constexpr int TOGETHER = ROW_TILES * TOKENS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * TOKENS / 8;
-                int first = team() - 1;
-                while (first > 0 && work.first(first) > piece.tile * work.steps) first--;
-                for (int t = first + threadIdx.x % 128; t < team(); t += 128) wait_for(flag_at(flags, t, group, 0), number);
-                group_barrier(group);
-                for (int c = team() - 1; c >= first; c -= TOGETHER) {
-                    float4 v[TOGETHER][QUARTETS];
-#pragma unroll
-                    for (int t = 0; t < TOGETHER; t++) {
-                        const bool valid = TOGETHER == 1 || c - t >= first;
-                        const float4 *from = sums_at(sums, valid ? c - t : c, group);
-                        keep(from);
-#pragma unroll
-                        for (int e = 0; e < QUARTETS; e++) v[t][e] = valid ? __ldcg(from + e * 128) : float4{0, 0, 0, 0};
-                    }
-#pragma unroll
-                    for (int t = 0; t < TOGETHER; t++)
-#pragma unroll
-                        for (int e = 0; e < QUARTETS; e++) {
-                            float *to = &acc[e / (TOKENS / 8)][e % (TOKENS / 8) * 4];
-                            to[0] += v[t][e].x, to[1] += v[t][e].y, to[2] += v[t][e].z, to[3] += v[t][e].w;
-                        }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], first_row + 64 * i, at.token, buffer);
+            finish_piece(a, work, piece, acc, exchange, group, first_row, at.token, buffer);
         }
     }
 }

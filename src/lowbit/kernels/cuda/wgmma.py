@@ -4,9 +4,7 @@ registers, read from the canonical planes."""
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,51 +16,30 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.kernels.cuda import decode, loader, small_m
+from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, shares
 from lowbit.kernels.problem import Operand, Problem, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
-# What a block may use, less what lies beside the rings (barriers and tables).
-SHARED_PER_BLOCK = 216 << 10
 # Outputs of a thread, halved, up to which scales multiply fp32 sums: more would spill registers.
 MOST_SUMMED = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tiling):
     """One instance of the kernel.
 
     Attributes:
-        tokens: columns of a tile, a multiple of 8 up to 256.
-        row_tiles: tiles of 64 rows of W per warpgroup, 1 or 2.
-        cut: whether the last tiles are cut along K so that every block has the same share of the work.
-        blocks: resident per multiprocessor, 1 or 2.
-        warpgroups: that decode and multiply, 2 or 4.
-        split: blocks that share the K of a tile: 1, 2, 4 or 8.
         own_order: activations are multiplied as they are, else a kernel ahead lays them out.
     """
 
-    tokens: int
-    row_tiles: int = 1
-    cut: bool = False
-    blocks: int = 1
-    warpgroups: int = 2
-    split: int = 1
     own_order: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Of W per block."""
-        return 64 * self.row_tiles * self.warpgroups
 
     @property
     def threads(self) -> int:
         return 128 * (1 + self.warpgroups)
 
     def __str__(self) -> str:
-        cut = " cut" if self.cut else ""
-        split = f" split {self.split}" if self.split > 1 else ""
-        packed = "" if self.own_order else " packed"
-        return f"{self.rows}x{self.tokens}{cut}{split}{packed} warpgroups {self.warpgroups} blocks {self.blocks}"
+        return super().__str__() + ("" if self.own_order else " packed")
 
 
 #: For every number of tokens the same sums in the same order.
@@ -109,15 +86,14 @@ def stages(fmt: Format, c: Config) -> Stages:
     x_octets = min(size // 8, max(2, (16 << 10) // (c.tokens * 64)))
     per_step, x_bytes = size // 8 // x_octets, c.tokens * 64 * x_octets
     w_bytes = c.rows * sum(width * 4 * size // fmt.element.vector // 8 for _, width, _ in fmt.element.code_planes)
-    out = 4 * c.warpgroups * min(c.tokens, 32) * 48
     tables = 32 << 10 if decode.has_table(fmt) else 0
-    budget = SHARED_PER_BLOCK // c.blocks - out - tables
+    budget = SHARED_PER_BLOCK // c.blocks - c.output_bytes - tables
     x, w = 2, 2
     for more_x in range(2, 25):
         more_w = max(2, -(-more_x // per_step))
         if more_x * x_bytes + more_w * w_bytes <= budget:
             x, w = more_x, more_w
-    return Stages(x_octets, x, w, x * x_bytes + w * w_bytes + out + 1024)
+    return Stages(x_octets, x, w, x * x_bytes + w * w_bytes + c.output_bytes + 1024)
 
 
 @cache
@@ -126,7 +102,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     defines = decode.constants(fmt, (16,))
     if isinstance(defines, str):
         return defines
-    if c.own_order and decode.own_order_cost(fmt) is None:
+    if c.own_order and decode.cost(fmt, True) is None:
         return "its codes need activations laid out for them"
     rings = stages(fmt, c)
     found = dict(defines)
@@ -160,36 +136,43 @@ def candidates(fmt: Format, m: int, k: int) -> tuple[Config, ...]:
     """The instances that may be chosen: the smallest tile that holds the tokens and the next, in every way."""
     sizes = [t for t in (16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
     ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
-    orders = (False,) if decode.own_order_cost(fmt) is None else (True, False)
+    orders = (False,) if decode.cost(fmt, own_order=True) is None else (True, False)
+    # Three warpgroups fit 6144 rows (queries, keys and values) better than two.
+    shapes = ((1, 2), (2, 2), (1, 3))
     return tuple(
-        c for t, row_tiles, blocks, (cut, split), own in product(sizes, (1, 2), (1, 2), ways, orders)
-        if (blocks == 1 or t <= 32) and (split == 1 or (split * 8 <= t and split * 4 * decode.chunk(fmt) <= k))
-        and not isinstance(constants(fmt, c := Config(t, row_tiles, cut, blocks, split=split, own_order=own)), str)
+        c for t, (row_tiles, groups), blocks, (cut, split), own in product(sizes, shapes, (1, 2), ways, orders)
+        if (blocks == 1 or (t <= 32 and groups == 2)) and (groups == 2 or 64 <= t <= 128)
+        and (split == 1 or (split * 8 <= t and split * 4 * decode.chunk(fmt) <= k))
+        and not isinstance(constants(fmt, c := Config(t, row_tiles, cut, blocks, groups, split, own)), str)
     )  # fmt: skip
 
 
 @cache
 def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
-    own_order_cost = decode.own_order_cost(fmt) or 1
 
     def cycles(c: Config) -> float:
-        """Of a multiprocessor. A step of 128 weights: what the tensor cores take, and what decoding takes."""
-        multiply, decoding = c.rows * c.tokens / 16, 1200.0 if c.row_tiles == 2 else 800.0 if c.blocks == 1 else 600.0
-        decoding *= own_order_cost if c.own_order else 1
-        step = max(decoding, 1.4 * multiply + 0.4 * decoding) * c.blocks
-        waves = -(-n // c.rows) * -(-m // c.tokens) * c.split / (sms * c.blocks)
-        all_steps = k / 128 / c.split * step
-        ahead = 0 if c.own_order else 2800 + 0.0023 * m * k
+        """Of a multiprocessor."""
+        # A step of 128 weights takes the time of decoding, or of products and some of the decoding beside them.
+        # One warpgroup by itself decodes at less than half of the speed.
+        decoding = 305 * (decode.cost(fmt, c.own_order) or 1)
+        all_rows, multiply = decoding * c.rows / 64, c.rows * c.tokens / 16
+        step = max(2.3 * decoding * c.row_tiles, c.blocks * max(all_rows, 0.95 * multiply + 0.57 * all_rows))
+        waves, all_steps = c.tiles(m, n) * c.split / (sms * c.blocks), k / 128 / c.split * step
+        memory = fmt.nbytes(n, k) / sms / 11.7
+        ahead = 0 if c.own_order else 3500 + 0.0026 * m * k
         if c.cut:
             # Sums go to memory and come back, one block after the other; and blocks that are at different places of K
             # share no cache, which matters where activations do not fit into it, and more often in many waves.
-            far = 1.1 if 2 * m * k > 40 << 20 else 1.04 if waves > 6 else 1
-            return ahead + waves * all_steps * far + 7200 + 0.32 * c.rows * c.tokens + 600 / waves
-        exchange = 2400 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
-        return ahead + math.ceil(waves) * (all_steps + exchange)
+            far = 1.15 if 2 * m * k > 40 << 20 else 1.02 if waves > 6 else 1
+            return ahead + max(memory, waves * all_steps * far) + 9700 + 0.3 * c.rows * c.tokens
+        exchange = 3750 + 0.18 * c.rows * c.tokens if c.split > 1 else 0
+        return ahead + max(memory, math.ceil(waves) * (all_steps + 600) + exchange)
 
-    return min(candidates(fmt, m, k), key=cycles)
+    # Blocks that share tiles wait for each other, and so belong in one wave.
+    return min(
+        (c for c in candidates(fmt, m, k) if c.split == 1 or c.tiles(m, n) * c.split <= sms * c.blocks), key=cycles
+    )
 
 
 def why_not(problem: Problem) -> str | None:
@@ -264,7 +247,7 @@ def launch(
     c = config or _config(fmt, m, n, k, multiprocessors(x.device))
     plan = _plan(fmt, c, m, n, k, x.device.index, x.dtype)
     a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
-    work = torch.empty(plan.images + plan.sums + plan.flags, dtype=torch.uint8, device=x.device)
+    work = torch.empty(plan.images + plan.shares.sums + plan.shares.flags, dtype=torch.uint8, device=x.device)
     at, pointer, number = work.data_ptr(), ctypes.c_void_p, ctypes.c_int
     capturing = torch.cuda.is_current_stream_capturing()
     with on_device(x):
@@ -276,16 +259,12 @@ def launch(
             # A thread for every 16 bytes.
             plan.pack(-(-plan.images // 4096), 256, *packing, early=capturing)
             a.x = at
-        sums = at + plan.images
-        shares = pointer(sums), pointer(sums + plan.sums), ctypes.c_uint64(next(_launches)), number(int(c.cut))
+        exchange = plan.shares.exchange(at + plan.images)
         # Weights are read before the kernel ahead has ended. Outside of graphs, that kernel is ours or none.
         early = capturing or not c.own_order
-        plan.kernel(plan.blocks, c.threads, a, tensor_map, *shares, early=early, shared=plan.shared)
+        cut = number(int(c.cut))
+        plan.kernel(plan.shares.blocks, c.threads, a, tensor_map, exchange, cut, early=early, shared=plan.shared)
     return y
-
-
-# Numbers that memory holds by chance as good as never.
-_launches = itertools.count(secrets.randbits(62) + 1)
 
 
 class Plan(NamedTuple):
@@ -293,37 +272,27 @@ class Plan(NamedTuple):
 
     Attributes:
         pack, kernel: what lays out activations, if they have to be, and the product.
-        blocks, shared: of the product, and bytes of dynamic shared memory of each.
-        images, sums, flags: bytes of memory for activations that are laid out, for the sums of tiles that blocks share,
-            and for flags that tell of these.
+        shares: blocks of the product, and what they exchange.
+        shared: bytes of dynamic shared memory of each block.
+        images: bytes of memory for activations that are laid out.
         images_of_tile: of 64 weights each.
     """
 
     pack: loader.CudaKernel | None
     kernel: loader.CudaKernel
-    blocks: int
+    shares: Shares
     shared: int
     images: int
-    sums: int
-    flags: int
     images_of_tile: int
 
 
 @cache
 def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
     step = 4 * decode.chunk(fmt)
-    steps, token_tiles = -(-k // step), -(-m // c.tokens)
-    if steps < c.split:
-        raise ValueError(f"K = {k} has {steps} steps of {step}, too few for {c.split} blocks to share")
-    tiles, units = -(-n // c.rows) * token_tiles, steps if c.cut else 1
-    most = multiprocessors(torch.device("cuda", device)) * c.blocks
-    # A block that shares a tile along K has no other.
-    blocks = tiles * c.split if c.split > 1 else min(tiles * units, most)
-    images = 0 if c.own_order else 2 * token_tiles * c.tokens * steps * step
-    sums, flags = 4 * blocks * c.rows * c.tokens, 8 * blocks * c.warpgroups * c.split
-    if not c.cut and c.split == 1:
-        sums = flags = 0
+    steps = -(-k // step)
+    parts = shares(c, m, n, steps, multiprocessors(torch.device("cuda", device)))
+    images = 0 if c.own_order else 2 * -(-m // c.tokens) * c.tokens * steps * step
     source, shared = _source(fmt, c, dtype), stages(fmt, c).shared
     pack = None if c.own_order else loader.load(source, "pack_x", device)
     kernel = loader.load(source, "wgmma_kernel", device)
-    return Plan(pack, kernel, blocks, shared, images, sums, flags, steps * step // 64)
+    return Plan(pack, kernel, parts, shared, images, steps * step // 64)

@@ -1,0 +1,91 @@
+"""What the kernels of Hopper's matrix units share on the host (`tiles.cuh`): shapes of tiles, blocks, and the memory in
+which blocks exchange sums."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import secrets
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# What a block may use, less what lies beside the rings (barriers and tables).
+SHARED_PER_BLOCK = 216 << 10
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One instance of a kernel.
+
+    Attributes:
+        tokens: columns of a tile, a multiple of 8 up to 256.
+        row_tiles: tiles of 64 rows of W per warpgroup, 1 or 2.
+        cut: whether the last tiles are cut along K so that every block has the same share of the work.
+        blocks: resident per multiprocessor, 1 or 2.
+        warpgroups: that multiply.
+        split: blocks that share the K of a tile: 1, 2, 4 or 8.
+    """
+
+    tokens: int
+    row_tiles: int = 1
+    cut: bool = False
+    blocks: int = 1
+    warpgroups: int = 2
+    split: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of W per block."""
+        return 64 * self.row_tiles * self.warpgroups
+
+    def tiles(self, m: int, n: int) -> int:
+        """That cover `y (M, N)`."""
+        return -(-n // self.rows) * -(-m // self.tokens)
+
+    @property
+    def output_bytes(self) -> int:
+        """Of shared memory, through which warps write."""
+        return 4 * self.warpgroups * min(self.tokens, 32) * 48
+
+    def __str__(self) -> str:
+        cut = " cut" if self.cut else ""
+        split = f" split {self.split}" if self.split > 1 else ""
+        return f"{self.rows}x{self.tokens}{cut}{split} warpgroups {self.warpgroups} blocks {self.blocks}"
+
+
+class Exchange(ctypes.Structure):
+    """`struct Exchange` of tiles.cuh."""
+
+    _fields_ = (("sums", ctypes.c_void_p), ("flags", ctypes.c_void_p), ("number", ctypes.c_uint64))
+
+
+class Shares(NamedTuple):
+    """How blocks share the tiles of one product: their number, and the bytes of what they exchange."""
+
+    blocks: int
+    sums: int
+    flags: int
+
+    def exchange(self, address: int) -> Exchange:
+        """For one launch, with the memory that begins at `address`."""
+        return Exchange(address, address + self.sums, next(_launches))
+
+
+# Numbers that memory holds by chance as good as never.
+_launches = itertools.count(secrets.randbits(62) + 1)
+
+
+def shares(c: Tiling, m: int, n: int, steps: int, sms: int) -> Shares:
+    """For `steps` of K and a GPU with `sms` multiprocessors.
+
+    Raises:
+        ValueError: there are fewer steps than blocks that are to share them.
+    """
+    if steps < c.split:
+        raise ValueError(f"K has {steps} steps, too few for {c.split} blocks to share")
+    tiles, units = c.tiles(m, n), steps if c.cut else 1
+    # A block that shares a tile along K has no other.
+    blocks = tiles * c.split if c.split > 1 else min(tiles * units, sms * c.blocks)
+    if not c.cut and c.split == 1:
+        return Shares(blocks, 0, 0)
+    return Shares(blocks, 4 * blocks * c.rows * c.tokens, 8 * blocks * c.warpgroups * c.split)
