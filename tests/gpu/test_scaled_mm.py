@@ -83,26 +83,6 @@ def test_the_same_bits_every_time_and_in_graphs(spec: str, tiling: Tiling) -> No
         assert torch.equal(y, run())
 
 
-@pytest.mark.parametrize("spec", ["int4:g128", "int4:g32", "int4:g64", "int4:g256", "int4:row", "mxfp4"])
-@pytest.mark.parametrize(("n", "k"), [(64, 32), (388, 1184), (770, 4096)], ids=str)
-def test_codes_of_four_bits(spec: str, n: int, k: int) -> None:
-    fmt = parse_format(spec)
-    w = weight_on_gpu(fmt, n, k)
-    dense, bias = w.dequantize(torch.float64), torch.linspace(-1, 1, n, dtype=torch.bfloat16, device="cuda")
-    chosen = {scaled_mm.config_for(fmt, m, n, k, 132) for m in (1, 100, 1000)}
-    for c in (*TILINGS, *chosen):
-        if isinstance(scaled_mm.constants(fmt, c), str) or c.split * scaled_mm.DEPTH > k:
-            continue
-        for m in (1, 5, 130):
-            x = codes_like(torch.empty(0, dtype=torch.float8_e4m3fn), m, k, seed=m)
-            row_scale = torch.rand(m, 1, generator=torch.Generator().manual_seed(m)).cuda() * 1e-2
-            y = scaled_mm.launch(x, w.planes, fmt, n, torch.bfloat16, bias, row_scale, config=c)
-            exact = x.double() @ dense.T * row_scale + bias
-            sizes = x.double().abs() @ dense.abs().T * row_scale
-            error = (y.double() - exact).abs()
-            assert bool((error <= exact.abs() * 2.0**-8 * 1.001 + 2.0**-11 * sizes + 1e-7).all()), str(c)
-
-
 def test_rows_of_a_wider_weight() -> None:
     """A weight whose rows lie further apart than they are long."""
     fmt = parse_format("int8:row")

@@ -135,7 +135,7 @@ def test_matrix_units_in_fp16(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "product", "sizes"),
     [("int8:row", "IGMMA", (8, 64, 256)), ("float8_e4m3:row", "QGMMA", (8, 64, 128)),
-     ("float8_e5m2:row", "QGMMA", (64,)), ("int4:g128", "QGMMA", (8, 64, 128)), ("int4:g32", "QGMMA", (64,))],
+     ("float8_e5m2:row", "QGMMA", (64,))],
 )  # fmt: skip
 @pytest.mark.parametrize("tile", [Tiling(8), Tiling(8, cut=True, blocks=2, warpgroups=1)], ids=str)
 def test_codes_times_codes(spec: str, product: str, sizes: tuple[int, ...], tile: Tiling) -> None:
@@ -152,18 +152,13 @@ def test_codes_times_codes(spec: str, product: str, sizes: tuple[int, ...], tile
 
 
 def test_every_number_of_tokens_has_an_instance_for_codes() -> None:
-    for spec in ("int8:row", "float8_e4m3:row", "int4:g128", "mxfp4"):
+    for spec in ("int8:row", "float8_e4m3:row"):
         fmt = parse_format(spec)
         for m in (1, 9, 17, 33, 65, 129, 5000):
             for n, k in ((5, 16), (4096, 4096), (28672, 4096), (4096, 14336)):
                 c = scaled_mm.config_for(fmt, m, n, k, 132)
-                used = scaled_mm.stages(fmt, c) * scaled_mm.stage_bytes(fmt, c) + c.output_bytes + 1024
+                used = scaled_mm.stages(c) * scaled_mm.stage_bytes(c) + c.output_bytes + 1024
                 assert used * c.blocks <= 227 << 10
-                defines = scaled_mm.constants(fmt, c)
-                assert not isinstance(defines, str)
-                if scaled_mm.looked_up(fmt):
-                    d, at_launch = dict(defines), 512 // (c.warpgroups + 1) // c.blocks // 8 * 8
-                    assert d["PRODUCER_REGS"] + c.warpgroups * d["CONSUMER_REGS"] <= at_launch * (c.warpgroups + 1)
                 assert c.split * scaled_mm.DEPTH <= max(k, scaled_mm.DEPTH)
     assert scaled_mm.config_for(parse_format("int8:row"), 100, 4096, 14336, 132).split > 1  # few tiles
 

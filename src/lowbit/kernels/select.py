@@ -118,16 +118,12 @@ def _whole_codes(side: str, fmt: Format) -> str | None:
     return None
 
 
-def _activation_codes(p: Problem) -> str | None:
-    return (
-        "the activation is not quantized" if p.activation is None else _whole_codes("activation", p.activation.format)
-    )
-
-
 def _eight_bit(p: Problem) -> str | None:
     """Conditions common to matmuls whose two operands are whole 8-bit codes with scales per row or tensor."""
-    reason = _activation_codes(p) or _whole_codes("weight", p.weight)
-    if reason is None and p.activation is not None and p.activation.format.element != p.weight.element:
+    if p.activation is None:
+        return "the activation is not quantized"
+    reason = _whole_codes("activation", p.activation.format) or _whole_codes("weight", p.weight)
+    if reason is None and p.activation.format.element != p.weight.element:
         return "activation and weight have different elements"
     return reason
 
@@ -161,13 +157,7 @@ def _triton_scaled_mm(p: Problem) -> str | None:
 
 def _cuda_scaled_mm(p: Problem) -> str | None:
     # Activations are quantized by a Triton kernel before this one runs.
-    if scaled_mm.looked_up(p.weight):
-        codes = _activation_codes(p)
-        if codes is None and p.activation is not None and p.activation.format.planes[0].dtype != torch.float8_e4m3fn:
-            codes = "codes of 4 bits meet float8_e4m3 only"
-    else:
-        codes = _eight_bit(p)
-    return codes or scaled_mm.why_not(p) or triton_missing()
+    return _eight_bit(p) or scaled_mm.why_not(p) or triton_missing()
 
 
 def _cpu_int8(p: Problem) -> str | None:

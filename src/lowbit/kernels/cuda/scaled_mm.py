@@ -1,4 +1,4 @@
-"""8-bit codes times codes of 8 bits, or float8 times codes of 4, on Hopper's matrix units (`scaled_mm.cu`)."""
+"""8-bit codes times 8-bit codes on Hopper's matrix units (`scaled_mm.cu`), for any number of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
-from lowbit.formats.elements import IntElement, TableElement
+from lowbit.formats.elements import IntElement
 from lowbit.kernels.cuda import decode, loader
 from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, shares
 from lowbit.kernels.problem import Operand, Problem
@@ -23,73 +23,40 @@ from lowbit.kernels.triton.launch import multiprocessors, on_device
 DEPTH = 128
 
 
-def instruction(tokens: int, kind: str, registers: bool = False) -> str:
-    """C++ for `wgmma(d, a, b, add)`: m64 x n`tokens` x k32 of `kind`; 0: d is new.
-
-    `b` is a descriptor of shared memory, and so is `a`, or it is in `registers`.
-    """
-    count, operands = tokens // 2, 4 if registers else 1
+def instruction(tokens: int, kind: str) -> str:
+    """C++ for `wgmma(d, a, b, add)`: m64 x n`tokens` x k32 of `kind`, both from shared memory; 0: d is new."""
+    count = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
     integer = kind == "s8"
     constraint, value, result = ("+r", "int", "s32") if integer else ("+f", "float", "f32")
     outputs = ", ".join(f'"{constraint}"(d[{i}])' for i in range(count))
-    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4)) if registers else '"l"(a)'
-    sums = ", ".join(f"%{i}" for i in range(count))
-    first = ", ".join(f"%{count + i}" for i in range(operands))
-    first = f"{{{first}}}" if registers else first
     signs = "" if integer else ", 1, 1"
-    second, add = count + operands, count + operands + 1
     return (
-        f"__device__ __forceinline__ void wgmma({value} (&d)[{count}], "
-        f"{'const unsigned *' if registers else 'unsigned long long '}a, unsigned long long b, int add) {{\n"
-        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.s32 p, %{add}, 0;\\n"\n'
+        f"__device__ __forceinline__ void wgmma({value} (&d)[{count}], unsigned long long a, unsigned long long b, "
+        "int add) {\n"
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.s32 p, %{count + 2}, 0;\\n"\n'
         f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k32.{result}.{kind}.{kind} '
-        f'{{{sums}}}, {first}, %{second}, p{signs};\\n}}"\n'
-        f'        : {outputs} : {inputs}, "l"(b), "r"(add));\n}}\n'
+        f'{{{sums}}}, %{count}, %{count + 1}, p{signs};\\n}}"\n'
+        f'        : {outputs} : "l"(a), "l"(b), "r"(add));\n}}\n'
     )
 
 
 def kind(fmt: Format) -> str | None:
-    """PTX's name of the operands in products with a weight's codes, None where there are no such products."""
-    if looked_up(fmt):
-        return "e4m3" if values(fmt) else None
+    """PTX's name of a format's codes, as operands of a product."""
     if isinstance(fmt.element, IntElement):
         return "s8"
     return {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}.get(fmt.planes[0].dtype)
 
 
-def looked_up(fmt: Format) -> bool:
-    """Whether a weight's codes are looked up, and not multiplied as they are."""
-    return fmt.element.bits == 4
-
-
-@cache
-def values(fmt: Format) -> tuple[int, ...]:
-    """float8_e4m3 of the 16 codes of a weight, as bytes; none where that is not exact."""
-    if isinstance(fmt.element, TableElement) or fmt.element.vector > 1:
-        return ()
-    levels = fmt.element.decode(torch.arange(16, dtype=torch.uint8), {})
-    found = levels.to(torch.float8_e4m3fn)
-    # Codes 2i and 2i + 1 have to have one sign, which takes no part in the choice between them.
-    signs = found.view(torch.uint8).view(8, 2) >> 7
-    if bool((found.float() != levels).any()) or bool((signs[:, 0] != signs[:, 1]).any()):
-        return ()
-    return tuple(found.view(torch.uint8).tolist())
-
-
-def stage_bytes(fmt: Format, c: Tiling) -> int:
+def stage_bytes(c: Tiling) -> int:
     """Of shared memory for `DEPTH` codes of K of both operands."""
-    return (c.rows * fmt.element.bits // 8 + c.tokens) * DEPTH
+    return (c.rows + c.tokens) * DEPTH
 
 
-def stages(fmt: Format, c: Tiling) -> int:
+def stages(c: Tiling) -> int:
     """That fit the shared memory of a block."""
     room = SHARED_PER_BLOCK // c.blocks - c.output_bytes - 1024
-    return min(room // stage_bytes(fmt, c), 16)
-
-
-def threads(fmt: Format, c: Tiling) -> int:
-    """Of a block: those that multiply, and two warps that bring operands, or a warpgroup that gives registers away."""
-    return 128 * c.warpgroups + (128 if looked_up(fmt) else 64)
+    return min(room // stage_bytes(c), 16)
 
 
 @cache
@@ -98,42 +65,29 @@ def constants(fmt: Format, c: Tiling) -> loader.Defines | str:
     found = decode.constants(fmt, (16,))
     if isinstance(found, str):
         return found
-    if kind(fmt) is None:
-        return "there are no products of its codes"
-    integer = isinstance(fmt.element, IntElement) and not looked_up(fmt)
+    integer = kind(fmt) == "s8"
+    # float8 adds a part of its own to the sums, for one tile of 64 rows at a time.
+    sums = c.row_tiles * c.tokens // 2 + (0 if integer else c.tokens // 2)
+    # Of a multiprocessor's quarter, which has a warp of every warpgroup and one that brings operands.
+    if sums + 32 > 512 // (c.warpgroups + 1) // c.blocks // 8 * 8:
+        return "too many sums for the registers"
+    if stages(c) < 3:
+        return "too few stages fit the shared memory"
     defines = dict(found) | {
         "AS_CODES": 1, "INTEGER": int(integer), "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "CONSUMERS": c.warpgroups,
-        "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "STAGES": stages(fmt, c),
+        "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "STAGES": stages(c),
     }  # fmt: skip
-    # Registers of a thread: a multiprocessor's quarter has a warp of every warpgroup and one that brings operands.
-    registers = 512 // (c.warpgroups + 1) // c.blocks // 8 * 8
-    # float8 adds a part of its own to the sums, for one tile of 64 rows at a time.
-    sums, rest = c.row_tiles * c.tokens // 2 + (0 if integer else c.tokens // 2), 32
-    if looked_up(fmt):
-        if c.row_tiles > 1:
-            return "one tile of rows is looked up at a time"
-        producer = 32 if c.blocks > 1 else 40
-        registers = (registers * (c.warpgroups + 1) - producer) // c.warpgroups // 8 * 8
-        rest = 72
-        low_to_high = [int.from_bytes(bytes(values(fmt)[i : i + 8 : 2]), "little") for i in (0, 8, 1, 9)]
-        defines |= dict(zip(("EVEN_LOW", "EVEN_HIGH", "ODD_LOW", "ODD_HIGH"), low_to_high, strict=True))
-        defines |= {"PRODUCER_REGS": producer, "CONSUMER_REGS": min(registers, 240)}
-    if sums + rest > registers:
-        return "too many sums for the registers"
-    if stages(fmt, c) < 3:
-        return "too few stages fit the shared memory"
     return tuple(sorted(defines.items()))
 
 
 def source(fmt: Format, c: Tiling, dtype: torch.dtype) -> loader.Source:
     """What is compiled for an instance."""
-    defines, operands = constants(fmt, c), kind(fmt)
+    defines, codes = constants(fmt, c), kind(fmt)
     assert not isinstance(defines, str), defines
-    assert operands is not None, fmt
+    assert codes is not None, fmt
     return loader.Source(
-        "scaled_mm.cu", (*defines, ("FP16", int(dtype == torch.float16))),
-        instruction(c.tokens, operands, registers=looked_up(fmt)),
-    )  # fmt: skip
+        "scaled_mm.cu", (*defines, ("FP16", int(dtype == torch.float16))), instruction(c.tokens, codes)
+    )
 
 
 @cache
@@ -173,29 +127,23 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Tiling:
 
 
 def why_not(problem: Problem) -> str | None:
-    """The condition of the table of kernels, for weights of 4 bits, and for those of 8 whose rows have one scale."""
-    fmt, bits = problem.weight, problem.weight.element.bits
+    """The condition of the table of kernels, for formats of 8 bits whose scales do not change along K."""
+    fmt = problem.weight
     if problem.arch is not None and problem.arch != (9, 0):
         return f"needs Hopper's matrix units (9.0), this GPU has {problem.arch[0]}.{problem.arch[1]}"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"written for bf16 and fp16, got {problem.dtype}"
-    if problem.k * bits % 128:
+    if problem.k % 16:
         return f"rows of the weight start at multiples of 16 bytes, got K = {problem.k}"
     if kind(fmt) is None:
         return f"Hopper has no products of {fmt.element}"
-    if fmt.has("zero_point"):
-        return "the weight has zero points"
-    if fmt.has("outer_scale") or fmt.has("scale_offset"):
-        return "the weight has two levels of scales"
-    if (group := fmt.plane("scale").k) is not None and group % 32:
-        return f"one product is of 32 weights, groups have {group}"
     found = decode.constants(fmt, (16,))
     if isinstance(found, str):
         return found
     if kind(fmt) == "s8":
         if problem.k >= 1 << 17:
             return f"its int32 sums can overflow from K = 131072, got {problem.k}"
-    elif bits == 8 and problem.m > 128:
+    elif problem.m > 128:
         # Measured on an H100 (docs/measured.md): sums of float8 in fp32 leave registers for small tiles only.
         return f"M = {problem.m} is above 128, where cuBLAS is faster"
     return loader.missing()
@@ -247,14 +195,12 @@ def launch(
     work = torch.empty(plan.shares.sums + plan.shares.flags, dtype=torch.uint8, device=codes.device)
     with on_device(codes):
         x_map = loader.tensor_map(a.x, m, k // 2, c.tokens)
-        bits = fmt.element.bits
-        w_map = loader.tensor_map(a.codes, n, k * bits // 16, c.rows, a.stride, DEPTH * bits // 16)
+        w_map = loader.tensor_map(a.codes, n, k // 2, c.rows, a.stride)
         # W is read before the kernel ahead has ended. Outside of graphs, that kernel may be the one that made W.
         early = torch.cuda.is_current_stream_capturing()
         exchange, cut = plan.shares.exchange(work.data_ptr()), ctypes.c_int(int(c.cut))
-        plan.kernel(
-            plan.shares.blocks, threads(fmt, c), a, x_map, w_map, exchange, cut, early=early, shared=plan.shared
-        )
+        threads = 128 * c.warpgroups + 64
+        plan.kernel(plan.shares.blocks, threads, a, x_map, w_map, exchange, cut, early=early, shared=plan.shared)
     return y
 
 
@@ -270,5 +216,5 @@ class Plan(NamedTuple):
 def _plan(fmt: Format, c: Tiling, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
     sms = multiprocessors(torch.device("cuda", device))
     kernel = loader.load(source(fmt, c, dtype), "scaled_mm", device)
-    shared = stages(fmt, c) * stage_bytes(fmt, c) + c.output_bytes + 1024
+    shared = stages(c) * stage_bytes(c) + c.output_bytes + 1024
     return Plan(kernel, shares(c, m, n, -(-k // DEPTH), sms), shared)
