@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -57,14 +57,18 @@ class Case:
         return f"{self.layer} {self.spec} M={self.m} floor {self.floor_us:.1f} bf16 {self.bf16_us:.1f}"
 
 
-def arguments(description: str | None, *, seconds: float, formats: str, tokens: str) -> argparse.Namespace:
-    """The command line, with these defaults."""
+def arguments(
+    description: str | None, *, seconds: float, formats: str, tokens: str, kernels: Sequence[str] = ()
+) -> argparse.Namespace:
+    """The command line, with these defaults; the first of `kernels` is one, too."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=seconds)
     parser.add_argument("--layers", default="gate_up,o,down,qkv")
     parser.add_argument("--formats", default=formats)
     parser.add_argument("--tokens", default=tokens)
+    if kernels:
+        parser.add_argument("--kernel", choices=kernels, default=kernels[0])
     return parser.parse_args()
 
 

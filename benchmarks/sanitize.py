@@ -18,13 +18,19 @@ import torch
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import parse_format
+from lowbit.formats.activation import parse_activation
 
 #: One format for every way of decoding: widths of one, two and three planes, tables, floats, scales of every kind.
 FORMATS = (
     "int8:row,int4:g128,int4:g32,int4:g64:asym,int3:g64,int7:g64,int1:g128,float8_e4m3:row,float8_e4m3:b128x128,"
     "mxfp4,nvfp4,nf4:g64,codebook4v2:g64"
 )
-KERNELS = {"cuda_small_m": (1, 7), "cuda_wgmma": (65, 130), "triton_weight_only": (5,), "triton_chunked": (300,)}
+KERNELS = {
+    "cuda_small_m": (1, 7), "cuda_wgmma": (65, 130), "cuda_scaled_mm": (5, 70, 128), "triton_weight_only": (5,),
+    "triton_chunked": (300,),
+}  # fmt: skip
+# Multiplied by activations of the same format.
+CODES = ("int8:row", "float8_e4m3:row")
 SHAPES = ((100, 1152), (386, 640))
 
 
@@ -39,14 +45,18 @@ def main() -> int:
         if time.monotonic() - started > args.seconds:
             print(f"out of time: {kernel} {spec} {n} x {k} and what follows are left out")
             break
+        if kernel == "cuda_scaled_mm" and spec not in CODES:
+            continue
+        act = parse_activation(spec) if kernel == "cuda_scaled_mm" else None
         generator = torch.Generator().manual_seed(n)
-        w = QuantizedTensor.from_float(torch.randn(n, k, generator=generator).bfloat16(), parse_format(spec))
+        w = QuantizedTensor.from_float(torch.randn(n, k, generator=generator).bfloat16(), parse_format(spec), act)
         dense, on_gpu = w.dequantize(torch.float64), w.to("cuda")
         for m in KERNELS[kernel]:
             x = torch.randn(m, k, generator=generator).bfloat16()
             with lowbit.use_kernel(kernel):
                 y = torch.nn.functional.linear(x.cuda(), on_gpu).cpu().double()
-            exact = x.double() @ dense.T
+            operand = x if act is None else act.format.dequantize(act.quantize(x), m, k)
+            exact = operand.double() @ dense.T
             error = float((y - exact).norm() / exact.norm())
             print(f"{kernel} {spec} {m} x {n} x {k}: {error:.1e}", flush=True)
             assert error < 1e-2, "wrong"

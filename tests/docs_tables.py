@@ -123,7 +123,7 @@ def layers_rows() -> list[Cells]:
 
 
 def tuned_rows() -> list[Cells]:
-    """Of `tune_wgmma.py`: the fastest instance for int4, over bf16, and the fastest with packed activations."""
+    """Of `tune_tiles.py`: the fastest instance for int4, over bf16, and the fastest with packed activations."""
     _, result = newest("h100_*_tune_wgmma.json")
     rows = []
     for r in sorted(result["rows"], key=lambda r: (r["m"], r["layer"])):
@@ -162,13 +162,38 @@ def peer_rows() -> list[Cells]:
     _, result = newest("h100_*_peers.json")
     rows: dict[tuple[str, str, int], dict[str, float]] = {}
     for r in result["records"]:
-        rows.setdefault((r["layer"], r["weight"], r["m"]), {})[r["provider"]] = r["us"]
+        if not r["error"]:
+            rows.setdefault((r["weight"], r["act"] or "", r["m"]), {})[r["provider"]] = r["us"]
     return [
-        (layer, f"`{weight}`", str(m), *(f"{us[p]:.1f}" for p in ("bf16", "lowbit", "humming", "gemlite")))
-        for (layer, weight, m), us in rows.items()
-    ]
+        (f"`{weight}`", f"`{act}`" if act else "", str(m),
+         *(f"{us[p]:.1f}" if p in us else "" for p in ("bf16", "lowbit", "humming", "torchao")))
+        for (weight, act, m), us in rows.items()
+    ]  # fmt: skip
 
 
+def codes_rows() -> list[Cells]:
+    """Of `lowbit bench linear` with quantized activations: microseconds with their quantization, over bf16."""
+    _, result = newest("h100_*_linear_codes.json")
+    rows: dict[tuple[str, str], list[str]] = {}
+    bf16 = {(r["layer"], r["weight"], r["m"]): r["us"] for r in result["records"] if r["provider"] == "bf16"}
+    for r in result["records"]:
+        if r["provider"] == "lowbit":
+            speedup = bf16[r["layer"], r["weight"], r["m"]] / r["us"]
+            rows.setdefault((r["weight"], r["layer"]), []).append(f"{r['us']:.1f} ({speedup:.2f})")
+    return [(f"`{weight}`", layer, *cells) for (weight, layer), cells in rows.items()]
+
+
+def scaled_rows() -> list[Cells]:
+    """Of `tune_tiles.py --kernel cuda_scaled_mm`: the rule's choice beside the kernels in whose place it runs."""
+    _, result = newest("h100_*_tune_scaled_mm.json")
+    return [
+        (f"`{r['format']}`", r["layer"], str(r["m"]), f"{r['floor_us']:.1f}", f"{r['us']:.1f}",
+         *(f"{r['others'][k]:.1f}" if k in r["others"] else "" for k in ("cublas_scaled_mm", "triton_scaled_mm")))
+        for r in sorted(result["rows"], key=lambda r: (r["format"], r["layer"], r["m"]))
+    ]  # fmt: skip
+
+
+PEERS = ("torchao ", "hqq ", "bitsandbytes ", "optimum-quanto ")
 # What we set ourselves: tokens per second of Llama-3.1-8B's shapes for one sequence, and GB at the peak.
 GENERATE_GOALS = {
     "bf16": (165, None), "int8wo": (275, 8.9), "float8wo": (275, 8.9), "float8dq-row": (270, 8.9), "int8dq": (270, 8.9),
@@ -286,6 +311,79 @@ def activation_rows() -> list[Cells]:
     return rows
 
 
+def same_text() -> dict[str, dict[str, dict[str, Any]]]:
+    """All rows of `accuracy.py` on the text of the accuracy page, by config and algorithm; the newest where several."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for file in sorted((ROOT / "benchmarks" / "results").glob("cpu_*_accuracy*.json")):
+        result = json.loads(file.read_text())
+        base = rows.setdefault("bf16", {}).setdefault("", result["rows"][0])
+        assert abs(result["rows"][0]["perplexity"] - base["perplexity"]) < 1e-3, f"{file.name}: another model or text"
+        for r in result["rows"]:
+            rows.setdefault(r["config"], {})[r["algorithm"]] = r
+    return rows
+
+
+def tuned_scale_rows() -> list[Cells]:
+    """Of `accuracy.py` with `+tune`: the share of rounding's loss in perplexity that comes back, and KL over its KL."""
+    rows: list[Cells] = []
+    _, result = newest("cpu_*_accuracy_tune.json")
+    rounding = {c: found["rtn"] for c, found in same_text().items() if "rtn" in found}
+    for r in result["rows"][1:]:
+        config, rtn = r["config"], rounding[r["config"]]
+        closed = (rtn["perplexity"] - r["perplexity"]) / (rtn["perplexity"] - result["rows"][0]["perplexity"])
+        rows.append((
+            f"`{config}`", f"{r['bits_per_weight']:.2f}", f"`{r['algorithm']}`",
+            f"{r['kl_mean']:.3f} ({r['perplexity']:.1f})", f"{100 * closed:.0f} %",
+            f"{r['kl_mean'] / rtn['kl_mean']:.2f}",
+        ))  # fmt: skip
+    return rows
+
+
+def smooth_rows() -> list[Cells]:
+    """Of `accuracy.py`: SmoothQuant with one alpha and with one for every input."""
+    _, result = newest("cpu_*_accuracy_smoothquant.json")
+    base = result["rows"][0]["perplexity"]
+    return [
+        (f"`{r['config']}`", f"`{r['algorithm']}`", r["alpha"], f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+         f"{100 * (r['perplexity'] / base - 1):+.1f} ± {100 * r['perplexity_ratio_stderr']:.1f} %")
+        for r in result["rows"][1:]
+    ]  # fmt: skip
+
+
+def accuracy_peer_rows() -> list[Cells]:
+    """Of `accuracy.py --peers`: each library's way beside ours at the same or fewer bits."""
+    _, result = newest("cpu_*_accuracy_peers.json")
+    ours, rows = same_text(), list[Cells]()
+    for r in result["rows"]:
+        if not r["algorithm"].startswith(PEERS):
+            continue
+        found = {a: o for a, o in ours[r["config"]].items() if not a.startswith(PEERS)}
+        best = min(found, key=lambda a: found[a]["kl_mean"])
+        rtn, least = found["rtn"]["kl_mean"], found[best]["kl_mean"]
+        error = (found["rtn"]["kl_stderr"] ** 2 + r["kl_stderr"] ** 2) ** 0.5
+        lower = "rounding" if rtn < r["kl_mean"] - error else "equal" if rtn <= r["kl_mean"] + error else "theirs"
+        rows.append((
+            r["algorithm"], f"{r['bits_per_weight']:.2f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+            f"`{r['config']}`", f"{found['rtn']['bits_per_weight']:.2f}", f"{rtn:.4f}",
+            lower, f"{least:.4f} (`{best}`)" if best != "rtn" else "",
+        ))  # fmt: skip
+    return rows
+
+
+def task_rows() -> list[Cells]:
+    """Of `accuracy.py --tasks`; errors are those of a share among so many questions."""
+
+    def share(p: float, questions: int) -> str:
+        return f"{100 * p:.0f} ± {100 * (p * (1 - p) / (questions - 1)) ** 0.5:.0f}"
+
+    _, result = newest("cpu_*_accuracy_tasks.json")
+    return [
+        (f"`{r['config']}`", f"`{r['algorithm']}`" if r["algorithm"] else "", t["task"],
+         *(share(t["metrics"][m], t["questions"]) for m in ("acc", "acc_norm")), f"{100 * t['agreement']:.0f}")
+        for r in result["rows"] for t in r["tasks"]
+    ]  # fmt: skip
+
+
 def fault_rows() -> list[Cells]:
     """Of `faults.py`: how often each promise was kept."""
     _, result = newest("cpu_*_faults.json")
@@ -293,16 +391,22 @@ def fault_rows() -> list[Cells]:
 
 
 def autoquant_rows() -> list[Cells]:
-    """Of `autoquant.py`: each uniform config, and the plan of at most its bytes, both measured as a whole."""
+    """Of `autoquant.py`: uniform models and plans, all measured as a whole, and in what a plan beats each uniform one.
+
+    A plan beats it in size or time if it has no more of that and a smaller divergence.
+    """
     _, result = newest("cpu_*_autoquant.json")
+    plans = [r for r in result["rows"] if " of " in r["name"]]
     rows = []
     for r in result["rows"]:
-        uniform, chosen = r["uniform"], r["chosen"]
-        kl, ours = uniform["measured_kl"], chosen["measured_kl"]
-        verdict = "less" if ours < kl else "the same plan" if chosen["configs"] == uniform["configs"] else "more"
+        beaten = [
+            what for what, cost in (("size", "bytes"), ("time", "us"))
+            if any(p[cost] <= r[cost] and p["measured_kl"] < r["measured_kl"] for p in plans)
+        ]  # fmt: skip
         rows.append((
-            f"`{r['config']}`", f"{uniform['bytes'] / 1e6:.2f}", f"{kl:.4f}",
-            f"{chosen['bytes'] / 1e6:.2f}", f"{chosen['kl']:.4f}", f"{ours:.4f}", verdict,
+            r["name"] if r in plans else f"`{r['name']}`", f"{r['bytes'] / 1e6:.2f}", f"{r['us'] / 1e3:.2f}",
+            f"{r['measured_us'] / 1e3:.2f}", f"{r['kl']:.4f}", f"{r['measured_kl']:.4f}",
+            "" if r in plans else " and ".join(beaten) or "nothing",
         ))  # fmt: skip
     return rows
 
@@ -360,9 +464,25 @@ TABLES = {
         ("config", "algorithm", "KL (perplexity)", "over bf16", "of the gap closed", ""),
         activation_rows,
     ),
+    "tuned scales": Table(
+        "docs/accuracy.md",
+        ("config", "bits per weight", "algorithm", "KL (perplexity)", "of the gap closed", "KL over rounding's"),
+        tuned_scale_rows,
+    ),
+    "smoothquant": Table(
+        "docs/accuracy.md", ("config", "algorithm", "alpha", "KL", "perplexity over bf16"), smooth_rows
+    ),
+    "accuracy of peers": Table(
+        "docs/accuracy.md",
+        ("library", "bits", "KL", "lowbit", "bits", "KL, rounding", "lower", "KL, best algorithm"),
+        accuracy_peer_rows,
+    ),
+    "tasks": Table(
+        "docs/accuracy.md", ("config", "algorithm", "task", "accuracy %", "by length %", "same answer %"), task_rows
+    ),
     "autoquant": Table(
         "docs/autoquant.md",
-        ("config", "MB", "KL measured", "MB chosen", "KL predicted", "KL chosen, measured", "chosen loses"),
+        ("model", "MB", "ms, sum of layers", "ms measured", "KL predicted", "KL measured", "beaten by a plan in"),
         autoquant_rows,
     ),
     "linear": Table(
@@ -381,7 +501,17 @@ TABLES = {
         generate_rows,
     ),
     "batches": Table("docs/measured.md", ("config", "16 sequences", "64 sequences"), batches_rows),
-    "peers": Table("docs/measured.md", ("layer", "weight", "M", "bf16", "lowbit", "humming", "gemlite"), peer_rows),
+    "peers": Table("docs/measured.md", ("weight", "activation", "M", "bf16", "lowbit", "humming", "torchao"), peer_rows),
+    "codes": Table(
+        "docs/measured.md",
+        ("weight and activation", "layer", "M = 1", "16", "64", "128", "512", "1024", "4096"),
+        codes_rows,
+    ),
+    "scaled": Table(
+        "docs/measured.md",
+        ("weight and activation", "layer", "M", "read alone", "cuda_scaled_mm", "cublas_scaled_mm", "triton_scaled_mm"),
+        scaled_rows,
+    ),
     "faults": Table("docs/reliability.md", ("what happens", "what lowbit does", "kept", "in `tests/`"), fault_rows),
     "tests of faults": Table("docs/reliability.md", ("what happens", "what lowbit does", "test"), fault_tests.rows),
     "written": Table(

@@ -34,7 +34,7 @@ def test_loading_onto_the_gpu_is_quantize_(spec: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again, IDS.cuda()), logits(expected, IDS.cuda()))
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 def test_generate_with_a_static_cache(tmp_path: Path) -> None:
     """With a static cache on a GPU, transformers compiles the forward by itself."""
     source = saved(llama(), tmp_path)

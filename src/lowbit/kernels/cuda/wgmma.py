@@ -206,14 +206,15 @@ def describe(problem: Problem) -> str:
 
 def sources(problem: Problem, sms: int) -> list[loader.Source]:
     """What is compiled for a problem on a GPU with `sms` multiprocessors."""
-    return [_source(problem.weight, _config(problem.weight, problem.m, problem.n, problem.k, sms), problem.dtype)]
+    return [source(problem.weight, _config(problem.weight, problem.m, problem.n, problem.k, sms), problem.dtype)]
 
 
 def _config(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     return INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, sms)
 
 
-def _source(fmt: Format, c: Config, dtype: torch.dtype) -> loader.Source:
+def source(fmt: Format, c: Config, dtype: torch.dtype) -> loader.Source:
+    """What is compiled for an instance."""
     defines = constants(fmt, c)
     assert not isinstance(defines, str), defines
     return loader.Source("wgmma.cu", (*defines, ("FP16", int(dtype == torch.float16))), instruction(c.tokens, dtype))
@@ -292,7 +293,7 @@ def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: to
     steps = -(-k // step)
     parts = shares(c, m, n, steps, multiprocessors(torch.device("cuda", device)))
     images = 0 if c.own_order else 2 * -(-m // c.tokens) * c.tokens * steps * step
-    source, shared = _source(fmt, c, dtype), stages(fmt, c).shared
-    pack = None if c.own_order else loader.load(source, "pack_x", device)
-    kernel = loader.load(source, "wgmma_kernel", device)
+    code, shared = source(fmt, c, dtype), stages(fmt, c).shared
+    pack = None if c.own_order else loader.load(code, "pack_x", device)
+    kernel = loader.load(code, "wgmma_kernel", device)
     return Plan(pack, kernel, parts, shared, images, steps * step // 64)

@@ -1,0 +1,122 @@
+"""Times instances of the kernels for Hopper's matrix units at layers of Llama-3.1-8B; prints the fastest beside bf16.
+
+    python benchmarks/tune_tiles.py --out benchmarks/results/NAME.json
+    python benchmarks/tune_tiles.py --kernel cuda_scaled_mm --formats int8:row,float8_e4m3:row --out ...
+
+Weights rotate through more than the L2 cache, one CUDA graph per variant, medians. The constants of the models in
+`wgmma.config_for` and `scaled_mm.config_for` were fitted to such runs. `cuda_scaled_mm` multiplies random codes, next
+to the kernels that would run in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from cases import Case, arguments, cases, write
+from torch import Tensor
+
+from lowbit import QuantizedTensor
+from lowbit.kernels.cuda import loader, scaled_mm, wgmma
+from lowbit.kernels.cuda.loader import Source
+from lowbit.kernels.cuda.tiles import Tiling
+from lowbit.kernels.triton import scaled_mm as triton_scaled_mm
+from lowbit.kernels.triton.launch import multiprocessors
+from lowbit.tools.timing import median_us
+
+Run = Callable[[Tensor, QuantizedTensor], Tensor]
+
+
+def worth_a_try(candidates: Sequence[Tiling], m: int, n: int) -> list[Tiling]:
+    """Instances with work for half of the GPU, and for not much more than all of it where blocks share tiles."""
+    found = []
+    for c in candidates:
+        blocks = c.tiles(m, n) * c.split
+        if (c.cut and 4 * blocks >= 132) or (not c.cut and blocks >= 66 and (c.split == 1 or blocks <= 140 * c.blocks)):
+            found.append(c)
+    return found
+
+
+def variants(kernel: str, case: Case) -> tuple[Tiling, list[Tiling]]:
+    """The rule's choice, and all that are worth a try."""
+    (n, k), sms = case.weights[0].shape, multiprocessors(case.x.device)
+    if kernel == "cuda_wgmma":
+        chosen: Tiling = wgmma.config_for(case.format, case.m, n, k, sms)
+        candidates: Sequence[Tiling] = wgmma.candidates(case.format, case.m, k)
+    else:
+        chosen = scaled_mm.config_for(case.format, case.m, n, k, sms)
+        candidates = scaled_mm.candidates(case.format, case.m, k)
+    return chosen, list(dict.fromkeys([chosen, *worth_a_try(candidates, case.m, n)]))
+
+
+def source_of(case: Case, tiling: Tiling) -> Source:
+    if isinstance(tiling, wgmma.Config):
+        return wgmma.source(case.format, tiling, torch.bfloat16)
+    return scaled_mm.source(case.format, tiling, torch.bfloat16)
+
+
+def run_of(case: Case, tiling: Tiling, row_scale: Tensor) -> Run:
+    n = case.weights[0].out_features
+    if isinstance(tiling, wgmma.Config):
+        return lambda x, w: wgmma.launch(x, w.planes, case.format, n, config=tiling)
+    return lambda x, w: scaled_mm.launch(x, w.planes, case.format, n, torch.bfloat16, None, row_scale, tiling)
+
+
+def others(case: Case, row_scale: Tensor) -> dict[str, Run]:
+    """What multiplies codes elsewhere."""
+    scale = case.weights[0].planes["scale"].float()
+    found: dict[str, Run] = {
+        "triton_scaled_mm": lambda x, w: triton_scaled_mm.matmul(
+            x, row_scale, w.planes["qdata"], scale, None, torch.bfloat16
+        )
+    }
+    if case.format.planes[0].dtype == torch.float8_e4m3fn:
+        column = scale.view(1, -1).contiguous()
+        found["cublas_scaled_mm"] = lambda x, w: torch._scaled_mm(
+            x, w.planes["qdata"].t(), row_scale, column, out_dtype=torch.bfloat16, use_fast_accum=False
+        )
+    return found
+
+
+def codes_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Random codes in the shape of `x`."""
+    return (x.float() * 30).round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else x.to(dtype)
+
+
+def main() -> int:
+    args = arguments(
+        __doc__, seconds=200, formats="int4:g128,int8:row", tokens="16,32,64,128,256,512,1024",
+        kernels=("cuda_wgmma", "cuda_scaled_mm"),
+    )  # fmt: skip
+    rows = []
+    for case in cases(args):
+        chosen, tilings = variants(args.kernel, case)
+        loader.compile_ahead([source_of(case, tiling) for tiling in tilings], (9, 0))
+        row_scale, beside = torch.ones(case.m, 1, device="cuda"), {}
+        if args.kernel == "cuda_scaled_mm":
+            case = replace(case, x=codes_like(case.x, case.format.planes[0].dtype))
+            beside = others(case, row_scale)
+        times = {str(t): median(case, run_of(case, t, row_scale)) for t in tilings}
+        best, us = min(times, key=lambda t: times[t]), times[str(chosen)]
+        found = {name: median(case, run) for name, run in beside.items()}
+        rows.append(
+            case.row | {"us": us, "rule": str(chosen), "best": best, "best_us": times[best], "all": times}
+            | ({"others": found} if found else {})
+        )  # fmt: skip
+        said = "".join(f" {name} {t:.1f}" for name, t in found.items())
+        print(
+            f"{case} rule {us:.1f} ({chosen}) best {times[best]:.1f} ({best}) {case.bf16_us / times[best]:.2f}x{said}",
+            flush=True,
+        )
+    write(args.out, rows)
+    return 0
+
+
+def median(case: Case, run: Run) -> float:
+    return median_us([partial(run, case.x, w) for w in case.weights])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
