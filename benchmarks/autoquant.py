@@ -4,8 +4,8 @@
 
 What is evaluated, what sensitivities are measured on and what algorithms see are different parts of the packaged text,
 or of the files given. For each config there are uniform models, one per algorithm, the plan of at most their bytes, and
-the plan of at most their time. In the end the layers of all of them are timed in turns. Measurements that the output
-file has already are kept: a run that was stopped goes on.
+the plan of at most their time. The layers of all of them are timed in turns. Measurements that the output file has
+already are kept: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -21,21 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.quantize import quantize_
 from lowbit.recipe import parse_recipe
 from lowbit.specs import parse_config
-from lowbit.tools.autoquant import (
-    FLOAT,
-    Candidate,
-    Group,
-    Measurements,
-    Plan,
-    autoquant,
-    candidate_name,
-    layers_us,
-    quantized_by,
-)
+from lowbit.tools.autoquant import autoquant, layers_us, quantized_by
+from lowbit.tools.autoquant_plan import FLOAT, Candidate, Group, Measurements, Plan
 from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
-from lowbit.tools.sources import find_source
+from lowbit.tools.sources import find_source, variant
 
 
 def main() -> int:
@@ -77,34 +69,41 @@ def main() -> int:
         save()
     groups = [Group(tuple(g["layers"]), tuple(Candidate(**c) for c in g["candidates"])) for g in out["groups"]]
     found = Measurements(tuple(groups), 1)
+    choices = [c for c in found.choices if c != FLOAT]
+    plans = {f"bytes of {spec}": found.within(max_bytes=found.uniform(spec).bytes) for spec in specs}
+    plans |= {f"time of {spec}": found.within(max_us=found.uniform(spec).us) for spec in specs}
+    plans |= {name: found.uniform(name) for name in choices}
+    if "float_us" not in out["info"]:
+        times = timed(model, found, plans)
+        out["info"]["float_us"] = {"sum": found.uniform(FLOAT).us, "measured": times.pop(FLOAT)}
+        out["info"]["measured_us"] = times
+        save()
     reference = reference_of(model, ids[: args.tokens])
     kls = {tuple(r["choices"]): r["measured_kl"] for r in out["rows"]}
-    models: dict[tuple[str, ...], nn.Module] = {}
-
-    def add(name: str, plan: Plan) -> Plan:
-        """A row of a whole model, which is kept for its time."""
-        models[plan.choices] = quantized_by(model, found, plan, batches)
+    done = {r["name"] for r in out["rows"]}
+    # Those that need no algorithm first: they take seconds, the others minutes.
+    for name, plan in sorted(plans.items(), key=lambda item: found.needs_batches(item[1])):
+        if name in done:
+            continue
         if plan.choices not in kls:
-            kls[plan.choices] = evaluate(models[plan.choices], reference.ids, reference).kl_mean
-        plan = replace(plan, measured_kl=kls[plan.choices])
-        out["rows"] = [r for r in out["rows"] if r["name"] != name] + [{"name": name, **asdict(plan)}]
+            copy = quantized_by(model, found, plan, batches)
+            kls[plan.choices] = evaluate(copy, reference.ids, reference).kl_mean
+        plan = replace(plan, measured_kl=kls[plan.choices], measured_us=out["info"]["measured_us"][name])
+        out["rows"].append({"name": name, **asdict(plan)})
         save()
         print(f"{name:40} {plan.bytes / 1e6:8.2f} MB {plan.us / 1e3:8.3f} ms KL {plan.kl:.4f}, measured "
               f"{plan.measured_kl:.4f}", flush=True)  # fmt: skip
-        return plan
-
-    for spec in specs:
-        alike = [add(candidate_name(spec, word), found.uniform(candidate_name(spec, word))) for word in words]
-        add(f"bytes of {spec}", found.within(max_bytes=alike[0].bytes))
-        add(f"time of {spec}", found.within(max_us=alike[0].us))
-    names = list(found.rules(found.uniform(FLOAT)))
-    times = layers_us({"float": model} | {str(i): m for i, m in enumerate(models.values())}, names, 1)
-    out["info"]["float_us"] = {"sum": found.uniform(FLOAT).us, "measured": times["float"]}
-    of = dict(zip(models, (times[str(i)] for i in range(len(models)))))
-    for row in out["rows"]:
-        row["measured_us"] = of[tuple(row["choices"])]
-    save()
     return 0
+
+
+def timed(model: nn.Module, found: Measurements, plans: dict[str, Plan]) -> dict[str, float]:
+    """Microseconds of the layers of each plan and of the original, in turns. Which algorithm chose the codes does not
+    matter to that, so rounding to nearest stands for all."""
+    models = {FLOAT: model}
+    for name, plan in plans.items():
+        models[name] = variant(model)
+        quantize_(models[name], found.rules(plan), measure=False)
+    return layers_us(models, list(found.rules(found.uniform(FLOAT))), found.tokens)
 
 
 def tell(done: int, total: int, what: str) -> None:

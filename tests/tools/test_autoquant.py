@@ -10,22 +10,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.graph import decoder_graph
-from lowbit.tools.autoquant import (
-    FLOAT,
-    Candidate,
-    Group,
-    Measurements,
-    autoquant,
-    candidate_name,
-    groups_of,
-    layers_us,
-    load_plan,
-    measure_times,
-    measured,
-    quantized_by,
-    save_plan,
-    shape_of,
-)
+from lowbit.tools.autoquant import autoquant, groups_of, layers_us, measure_times, measured, quantized_by, shape_of
+from lowbit.tools.autoquant_plan import FLOAT, Candidate, Group, Measurements, candidate_name, load_plan, save_plan
 from lowbit.tools.evaluate import evaluate, reference_of
 
 CONFIGS = ["int8wo", "int4wo-16"]
@@ -170,6 +156,27 @@ def test_time_of_layers_is_that_of_all_of_them() -> None:
     model = nn.ModuleDict({f"l{i}": nn.Linear(512, 512, False) for i in range(8)})
     names = list(model)
     assert layers_us({"m": model}, names, 64)["m"] > 2 * layers_us({"m": model}, names[:1], 64)["m"]
+
+
+def test_groups_that_cannot_take_an_algorithm_are_named(model: nn.Module) -> None:
+    names = [n for n in linears_of(model) if n.endswith(("layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj"))]
+    others = tuple(n for n in linears_of(model) if n not in names)
+    times = table(model) | {(shape_of(model.lm_head), s): 1.0 for s in (FLOAT, "int8wo", "int4wo-16")}  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"layers\.1\.self_attn\.q_proj, lm_head \(2 of 2 groups\)"):
+        found = autoquant(
+            model,
+            IDS,
+            ["int4wo-16"],
+            algorithms=("rtn", "gptq", "awq"),
+            batches=BATCHES,
+            times=times,
+            window=64,
+            skip=others,
+        )
+    assert [[c.name for c in g.candidates[1:]] for g in found.groups] == [
+        ["int4wo-16", "int4wo-16 gptq"], ["int4wo-16"],
+    ]  # fmt: skip
+    assert found.choices == (FLOAT, "int4wo-16")
 
 
 def test_algorithms_that_change_more_than_a_group_are_refused(model: nn.Module) -> None:

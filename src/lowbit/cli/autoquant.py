@@ -15,8 +15,9 @@ from lowbit.cli.output import Debug, Device, Dtype, Json, Model, command, emit_j
 from lowbit.cli.weights import calibration_batches
 from lowbit.errors import see
 from lowbit.recipe import ROUNDINGS, parse_recipe
-from lowbit.tools.autoquant import Plan, measured, save_plan
 from lowbit.tools.autoquant import autoquant as measure
+from lowbit.tools.autoquant import measured
+from lowbit.tools.autoquant_plan import Plan, save_plan
 from lowbit.tools.autoquant_plot import plot_front
 from lowbit.tools.bench_plot import check_plot
 from lowbit.tools.evaluate import held_out_text, reference_of

@@ -40,7 +40,7 @@ from lowbit.report import Report as QuantizeReport
 from lowbit.rules import Rule
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
-from lowbit.tools.autoquant import load_plan
+from lowbit.tools.autoquant_plan import load_plan
 from lowbit.tools.inspect import SCHEMES, FloatLayer, QuantizedLayer, inspect_model
 from lowbit.tools.sources import Source, export, find_source, is_static, parse_dtype, parse_rules, rules_for
 from lowbit.warmup import TOKENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowbit.tools.autoquant import FLOAT, Measurements, Plan
+from lowbit.tools.autoquant_plan import FLOAT, Measurements, Plan
 from lowbit.tools.bench_plot import check_plot, save
 
 
