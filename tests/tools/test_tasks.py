@@ -79,6 +79,8 @@ def test_local_files_are_read(tmp_path: Path) -> None:
     golds = torch.tensor([q["gold"] for q in questions[:10]])
     assert result.metrics["acc"] == pytest.approx(float((scores.argmax(1) == golds).double().mean()))
     assert result.questions == 10
+    p = result.metrics["acc"]
+    assert result.stderrs["acc"] == pytest.approx((p * (1 - p) / 9) ** 0.5)
     quantize_(model, {"re:model.layers.*": "int2wo-16-asym"})
     (other,) = run_tasks(model, tokenizer, ["local"], folder=tmp_path, limit=10)
     assert 0 < other.against(result).agreement < 1  # type: ignore[operator]

@@ -91,7 +91,7 @@ def run_tasks(
         )
     asked = scorer(model, tokenizer, batch, progress)
     out = simple_evaluate(
-        model=asked, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
+        model=asked, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=True,
         verbosity="ERROR",
     )  # fmt: skip
     return [_result(name, out["results"][name], out["samples"][name]) for name in out["samples"]]
