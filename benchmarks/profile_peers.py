@@ -3,23 +3,27 @@
     python benchmarks/profile_peers.py torchao:Float8WeightOnlyConfig lowbit:float8wo bf16 --size 8b --out profiles
 
 A scheme is `bf16`, `lowbit:` and a config's short name, or `torchao:` and a config's class. The output projection is
-quantized too. Pages, data and traces go into the folder.
+quantized too. Pages, data, traces and a picture of the memory go into the folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import lowbit
 from lowbit.models import Llama, LlamaConfig
+from lowbit.tools.page import standalone
 from lowbit.tools.profile import Files, profile
 from lowbit.tools.profile.language import RECORDED, reads_and_generates
-from lowbit.tools.profile.report import write_json, write_report
+from lowbit.tools.profile.report import memory_plot, write_json, write_report
 from lowbit.tools.profile.session import Phase
 
 # vocabulary, hidden, intermediate, layers, heads, key/value heads, head size; the first two are Llama-3.1-8B and 3.2-1B
@@ -66,6 +70,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokens = {"prefill": args.prompt_tokens, "decode": args.new_tokens}
     run = reads_and_generates(args.prompt_tokens, args.new_tokens)
+    rows = []
     for scheme in args.schemes:
 
         def load(phase: Phase, scheme: str = scheme) -> nn.Module:
@@ -85,21 +90,37 @@ def main() -> None:
         )  # fmt: skip
         write_report(found, page)
         write_json(found, page.with_suffix(".json"))
-        seconds = {t.phase: t.seconds for t in found.phases}
-        peaks = {m.phase: m.peak / 1e9 for m in found.timeline.phases}
-        speeds = ", ".join(
-            f"{phase} {n / seconds[phase]:.1f} tokens/s, peak {peaks.get(phase, 0):.2f} GB"
-            for phase, n in tokens.items()
-            if phase in seconds
-        )
-        print(f"{scheme}: {found.verdicts.summary}; {speeds}; {time.perf_counter() - started:.0f} s in all")
-        print(f"  attributed {100 * found.attributed:.1f} % of the time, "
-              f"{100 * min((m.attributed for m in found.timeline.phases), default=1):.1f} % of the bytes")  # fmt: skip
-        for i, s in enumerate(found.suggestions, 1):
-            print(f"  {i}. {s.gain}\n     {s.text}")
+        page.with_suffix(".memory.svg").write_text(standalone(memory_plot(found)))
+        row = summary(json.loads(page.with_suffix(".json").read_text())) | {"report_s": time.perf_counter() - started}
+        rows.append(row)
+        speeds = ", ".join(f"{phase} {speed:.1f} tokens/s" for phase, speed in row["tokens_per_second"].items())
+        print(f"{scheme}: {row['verdicts']}; {speeds}; {row['report_s']:.0f} s in all")
+        print(f"  attributed {100 * row['time_attributed']:.1f} % of the time, "
+              f"{100 * row['bytes_attributed']:.1f} % of the bytes")  # fmt: skip
+        for i, (gain, text) in enumerate(row["suggestions"], 1):
+            print(f"  {i}. {gain}\n     {text}")
         if found.error:
             print(f"  ended early: {found.error}")
         torch.cuda.empty_cache()
+    (args.out / "summary.json").write_text(
+        json.dumps({"command": "python " + " ".join(sys.argv), "rows": rows}, indent=1) + "\n"
+    )
+
+
+def summary(profile: dict[str, Any]) -> dict[str, Any]:
+    """What a profile's data say in a few numbers."""
+    seconds = {phase["phase"]: phase["seconds"] for phase in profile["phases"]}
+    phases = [phase for phase in profile["memory"]["phases"] if phase["phase"]]
+    spikes = {phase["phase"]: phase["spikes"][0] for phase in phases if phase["spikes"]}
+    return {
+        "title": profile["title"], "machine": profile["machine"], "verdicts": profile["verdicts"]["summary"],
+        "tokens_per_second": {p: n / seconds[p] for p, n in profile["tokens"].items() if p in seconds},
+        "peak_bytes": {phase["phase"]: phase["peak"] for phase in phases},
+        "spikes": {p: {"bytes": s["bytes"], "at": s["stack"][0] if s["stack"] else ""} for p, s in spikes.items()},
+        "time_attributed": profile["time_attributed"],
+        "bytes_attributed": min((phase["attributed"] for phase in phases), default=1.0),
+        "suggestions": [(s["gain"], s["text"]) for s in profile["suggestions"]],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -229,6 +229,21 @@ def batches_rows() -> list[Cells]:
     return [(f"`{config}`", *(cells.get(b, "") for b in (16, 64))) for config, cells in found.items()]
 
 
+def profile_rows() -> list[Cells]:
+    """Of `profile_peers.py`: what each model's profile says."""
+    _, result = newest("h100_*_profiles.json")
+    rows = []
+    for r in result["rows"]:
+        spike = r["spikes"]["decode"]
+        rows.append((
+            r["title"].partition(" ")[2], r["verdicts"],
+            *(f"{r['tokens_per_second'][p]:.1f}" for p in ("prefill", "decode")),
+            *(f"{r['peak_bytes'][p] / 1e9:.2f}" for p in ("prefill", "decode")),
+            f"{spike['bytes'] / 1e6:,.1f} MB at `{spike['at'].partition(' in ')[0]}`", f"{r['report_s']:.0f}",
+        ))  # fmt: skip
+    return rows
+
+
 def crossover_rows() -> list[Cells]:
     """Of `crossover.py`: microseconds of the kernels for two formats and two layers."""
     rows = [*newest("h100_*_crossover_few.json")[1]["rows"], *newest("h100_*_crossover_many.json")[1]["rows"]]
@@ -501,7 +516,9 @@ TABLES = {
         generate_rows,
     ),
     "batches": Table("docs/measured.md", ("config", "16 sequences", "64 sequences"), batches_rows),
-    "peers": Table("docs/measured.md", ("weight", "activation", "M", "bf16", "lowbit", "humming", "torchao"), peer_rows),
+    "peers": Table(
+        "docs/measured.md", ("weight", "activation", "M", "bf16", "lowbit", "humming", "torchao"), peer_rows
+    ),
     "codes": Table(
         "docs/measured.md",
         ("weight and activation", "layer", "M = 1", "16", "64", "128", "512", "1024", "4096"),
@@ -511,6 +528,20 @@ TABLES = {
         "docs/measured.md",
         ("weight and activation", "layer", "M", "read alone", "cuda_scaled_mm", "cublas_scaled_mm", "triton_scaled_mm"),
         scaled_rows,
+    ),
+    "profiles": Table(
+        "docs/profiling.md",
+        (
+            "model",
+            "layers",
+            "prompt, tokens/s",
+            "decode, tokens/s",
+            "peak GB",
+            "peak GB, decode",
+            "most of what a step adds",
+            "report, s",
+        ),
+        profile_rows,
     ),
     "faults": Table("docs/reliability.md", ("what happens", "what lowbit does", "kept", "in `tests/`"), fault_rows),
     "tests of faults": Table("docs/reliability.md", ("what happens", "what lowbit does", "test"), fault_tests.rows),

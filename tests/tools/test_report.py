@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 from html_page import check_self_contained, parse
 
 from lowbit.tools.demo import FULL, DemoResult, DemoRow
 from lowbit.tools.evaluate import EvalResult
+from lowbit.tools.page import COLOURS, figure, standalone, svg
 from lowbit.tools.report import family, render, write_report
 
 LAYERS = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(3) for kind in ("gate", "up", "down")]
@@ -79,6 +82,17 @@ def test_an_original_alone_is_a_report_too(result):
 def test_a_report_of_nothing_is_an_error(result):
     with pytest.raises(ValueError, match="at least one"):
         render(replace(result, rows=[]))
+
+
+def test_a_plot_as_a_file_of_its_own():
+    plot, axes = figure(4, 3)
+    axes.plot([0, 1 / 3], [1, 2], color=COLOURS["--bad"])
+    text = standalone(svg(plot, "A plot"))
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(" not in text
+    assert "#d23f3f" in text
+    assert not re.search(r"\d\.\d{3}", text.partition("</defs>")[2])
 
 
 def test_families(result):

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import math
 import re
+from importlib import resources
 from typing import Any
 
 from lowbit.errors import see
@@ -99,3 +100,14 @@ def svg(figure: Any, label: str) -> str:
     for colour, variable in _VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
     return f'<svg {box.group(0)} role="img" aria-label="{label}">{body}'
+
+
+def standalone(svg: str) -> str:
+    """An `<svg>` of a page as a file of its own: on a card in the page's light colours, coordinates to a hundredth."""
+    style = resources.files("lowbit.tools").joinpath("templates/style.css").read_text()
+    light = dict(re.findall(r"(--\w+): (#\w+);", style.partition("}")[0]))
+    svg = re.sub(r"var\((--\w+)\)", lambda m: light[m[1]], svg)
+    svg = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
+    head, _, body = svg.partition(">")
+    card = f'<rect width="100%" height="100%" fill="{light["--card"]}"/>'
+    return head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"') + ">" + card + body + "\n"

@@ -50,7 +50,7 @@ def render(profile: Profile) -> str:
         cards=_cards(profile),
         verdicts=[_verdict_row(members) for members in groups(profile.verdicts.layers)],
         phases=[_phase_row(profile, t.phase) for t in profile.phases],
-        memory_plot=_memory_plot(profile) if profile.timeline.points else "",
+        memory_plot=memory_plot(profile) if profile.timeline.points else "",
         kernel_plot=_kernel_plot(profile, shown) if shown else "",
         kinds=[(title, colour) for title, colour in _KINDS.items() if any(kind_of(k.name) == title for k in shown)],
         layer_plot=_layer_plot(profile, phase) if profile.layer_times(phase) else "",
@@ -149,7 +149,7 @@ def _bands(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     return [(phase, list(members)) for phase, members in groupby(points, key=lambda point: point.phase)]
 
 
-def _memory_plot(p: Profile) -> str:
+def memory_plot(p: Profile) -> str:
     """Memory over time. Phases differ in length by orders of magnitude, so each gets the same width, linear inside."""
     plot, axes = figure(11, 3.6)
     bands = [(phase, members) for phase, members in _bands(p.timeline.points) if phase]
