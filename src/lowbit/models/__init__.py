@@ -10,6 +10,7 @@ from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
 from lowbit.models.fuse import Fusion, fuse_projections_, unfuse_projections_
 from lowbit.models.llama import KVCache, Llama
+from lowbit.models.parallel import parallelize_
 from lowbit.models.random import random_model
 from lowbit.models.sampling import Sampling
 from lowbit.models.session import Session
@@ -24,6 +25,7 @@ __all__ = [
     "Session",
     "fuse_projections_",
     "load_model",
+    "parallelize_",
     "random_model",
     "shape_of",
     "unfuse_projections_",

@@ -75,7 +75,7 @@ def unfuse_projections_(model: Llama) -> None:
         weights = fused.weight.detach().split(sizes)
         biases = [None] * len(parts) if fused.bias is None else fused.bias.detach().split(sizes)
         for part, weight, bias in zip(parts, weights, biases, strict=True):
-            setattr(owner, part, _linear(weight, bias).train(owner.training))
+            setattr(owner, part, linear_of(weight, bias).train(owner.training))
         setattr(owner, joint, None)
 
 
@@ -96,7 +96,7 @@ def _joined(layers: list[nn.Module]) -> nn.Linear:
     if len({layer.bias is None for layer in linears}) > 1:
         raise ValueError("some have a bias, others have none" + see("format-mismatch"))
     bias = None if linears[0].bias is None else torch.cat([layer.bias.detach() for layer in linears])
-    return _linear(join_weights([layer.weight.detach() for layer in linears]), bias)
+    return linear_of(join_weights([layer.weight.detach() for layer in linears]), bias)
 
 
 def join_weights(weights: list[Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ def _kind(w: Tensor) -> str:
     return f"{w.format.spec}+{w.act_spec} {w.dtype}" if isinstance(w, QuantizedTensor) else str(w.dtype)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A layer around tensors that exist, without gradients."""
     n, k = weight.shape
     with torch.device("meta"):

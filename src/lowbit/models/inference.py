@@ -19,7 +19,7 @@ from lowbit import decoder_ops as ops
 from lowbit import operand_ops
 from lowbit.kernels.problem import Problem, arch_of, early_launches, is_batch_invariant
 from lowbit.models import fuse
-from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm
+from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm, added_up, gathered
 from lowbit.ops import fuses_silu_mul, linear_of_operand, linear_silu_mul, operand_dtype
 from lowbit.tensor import QuantizedTensor
 
@@ -105,17 +105,17 @@ def _layers(model: Llama, ids: Tensor, state: State, begins: bool) -> tuple[Tens
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
         x, h = _normed(x, change, layer.input_layernorm, readers_of(layer.self_attn))
-        change = _attention(layer.self_attn, h, state, i, begins)
+        change = added_up(_attention(layer.self_attn, h, state, i, begins), layer.self_attn.ranks)
         # Longer prompts pass the MLP in parts.
         readers = readers_of(layer.mlp) if ids.numel() <= TOKENS else ()
         x, h = _normed(x, change, layer.post_attention_layernorm, readers)
-        change = _mlp(layer.mlp, h)
+        change = added_up(_mlp(layer.mlp, h), layer.mlp.ranks)
     return x, change
 
 
 def _logits(model: Llama, x: Tensor, change: Tensor | None) -> Tensor:
     _, h = _normed(x, change, model.model.norm, (model.lm_head,))
-    return linear(model.lm_head, h)
+    return gathered(linear(model.lm_head, h), model.ranks)
 
 
 def readers_of(owner: Attention | MLP) -> tuple[nn.Module, ...]:

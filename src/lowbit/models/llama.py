@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,8 +93,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def added_up(y: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
+    """The sum of `y` over the ranks of a model that is parallelized, in place of it. It has no gradient."""
+    if ranks is not None:
+        dist.all_reduce(y, group=ranks)
+    return y
+
+
+def gathered(y: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
+    """The parts `(..., V / ranks)` that ranks have, side by side: `(..., V)`."""
+    if ranks is None:
+        return y
+    parts = y.new_empty(dist.get_world_size(ranks), *y.shape)
+    dist.all_gather(list(parts.unbind()), y.contiguous(), group=ranks)
+    return parts.movedim(0, -2).flatten(-2)
+
+
 class Attention(nn.Module):
     qkv_proj: nn.Linear | None
+    ranks: dist.ProcessGroup | None = None  # that have other heads
 
     def __init__(self, c: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -127,11 +145,12 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=self.groups > 1
         )
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
+        return added_up(self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), self.ranks)
 
 
 class MLP(nn.Module):
     gate_up_proj: nn.Linear | None
+    ranks: dist.ProcessGroup | None = None  # that have other columns
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
@@ -148,7 +167,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return added_up(self.down_proj(F.silu(gate) * up), self.ranks)
 
 
 class DecoderLayer(nn.Module):
@@ -185,6 +204,8 @@ class Decoder(nn.Module):
 
 class Llama(nn.Module):
     """The language model. Build it on the meta device and load weights with `lowbit.models.load_model`."""
+
+    ranks: dist.ProcessGroup | None = None  # that share it, where it is parallelized
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -227,4 +248,4 @@ class Llama(nn.Module):
                 + see("context-exceeded")
             )
         x = self.model(ids, cache, position)
-        return self.lm_head(x[:, -1:] if last_only else x)  # type: ignore[no-any-return]
+        return gathered(self.lm_head(x[:, -1:] if last_only else x), self.ranks)
