@@ -8,6 +8,7 @@ from cases import same_bits, weights
 from lowbit import QuantizedTensor, decoder_ops, operand_ops, ops
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
+from lowbit.kernels.cpu import packed
 from lowbit.kernels.problem import Problem
 from lowbit.kernels.select import select, use_kernel
 
@@ -73,10 +74,9 @@ def test_a_layer_of_codes_is_the_layer(m, gated, weight, spec):
     x, bias, scale = X[:m], torch.linspace(-1, 1, n).bfloat16(), static_scale(act)
     w = QuantizedTensor.from_float(weights("normal", n, k, seed=3), fmt, act, scale)
     planes, problem = list(w.planes.values()), Problem(m, n, k, weight, spec, BF16, "cpu")
-    dtype = ops.operand_dtype(problem)
-    operand, row_scale = operand_ops.quantized(x, scale, spec, dtype)
-    for kernel in (select(problem).kernel.name, "torch_blocked"):
+    for kernel in dict.fromkeys((select(problem).kernel.name, "torch_blocked")):
         with use_kernel(kernel):
+            operand, row_scale = operand_ops.quantized(x, scale, spec, ops.operand_dtype(problem))
             given = (operand, row_scale, planes, bias, weight, spec, n, k, BF16, gated)
             got = ops.linear_of_operand(*given)
             plain = (ops.linear_silu_mul if gated else ops.linear)(x, planes, bias, scale, weight, spec, n, k)
@@ -90,7 +90,8 @@ def test_what_a_layer_wants():
     def wanted(weight, act, m=4, device="cpu", arch=None):
         return ops.operand_dtype(Problem(m, 4096, 4096, weight, act, BF16, device, arch))
 
-    assert wanted("int8:row", "int8:row") == BF16
+    assert wanted("int8:row", "int8:row") == (torch.int8 if packed.multiplies_int8() else BF16)
+    assert wanted("int4:g32", "int8:row") == BF16
     assert wanted("int8:row", "") is None
     assert wanted("int8:row", "int8:tensor") is None, "the scale of the whole input comes first"
     assert wanted("float8_e4m3:b128x128", "float8_e4m3:g128") is None, "scales stay beside the codes"
@@ -104,10 +105,11 @@ def test_errors_say_what_is_wanted():
     w = QuantizedTensor.from_float(weights("normal", 64, 320), parse_format("int8:row"), parse_activation("int8:row"))
     planes, how = list(w.planes.values()), ("int8:row", "int8:row", 64, 320, BF16, False)
     operand, row_scale = operand_ops.quantized(X, None, "int8:row", torch.int8)
-    with pytest.raises(ValueError, match=r"takes torch.bfloat16 .*, got torch.int8"):
-        ops.linear_of_operand(operand, row_scale, planes, None, *how)
-    with pytest.raises(ValueError, match=r"row scales \(6, 1\) or \(1, 1\), .* and \(3, 1\)"):
-        ops.linear_of_operand(operand.to(BF16), row_scale[:3], planes, None, *how)
+    with use_kernel("torch_blocked"):
+        with pytest.raises(ValueError, match=r"takes torch.bfloat16 .*, got torch.int8"):
+            ops.linear_of_operand(operand, row_scale, planes, None, *how)
+        with pytest.raises(ValueError, match=r"row scales \(6, 1\) or \(1, 1\), .* and \(3, 1\)"):
+            ops.linear_of_operand(operand.to(BF16), row_scale[:3], planes, None, *how)
     with pytest.raises(ValueError, match="activation none"):
         ops.linear_of_operand(operand.to(BF16), row_scale, planes, None, "int8:row", "", 64, 320, BF16, False)
     with pytest.raises(ValueError, match=r"levels in bf16 or fp32, or codes in torch.int8; got torch.float16"):

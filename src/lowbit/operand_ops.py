@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit import decoder_ops
 from lowbit.errors import see
 from lowbit.formats.activation import Activation, parse_activation
+from lowbit.kernels.cpu import native
 from lowbit.kernels.select import triton_missing
 
 _LIB = torch.library.Library("lowbit", "FRAGMENT")
@@ -62,6 +63,10 @@ def _split(x: Tensor, act_scale: Tensor | None, act: str, dtype: torch.dtype) ->
     """`x (..., K)` as operand and scales."""
     activation = _activation(act, dtype)
     flat = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu" and dtype in (torch.int8, torch.bfloat16, torch.float32):
+        fast = native.quantize_rows(flat, act, codes=dtype == torch.int8)
+        if fast is not None:
+            return fast[0].to(dtype).view(x.shape), fast[1]
     operand, scale = activation.split(flat, act_scale)
     if dtype not in (torch.bfloat16, torch.float32):
         operand = activation.quantize(flat, act_scale)["qdata"]

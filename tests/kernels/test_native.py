@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from cases import each_format, quantized, sqnr_db
 
-from lowbit import use_kernel
-from lowbit.formats import Format
-from lowbit.kernels.cpu import native
+from lowbit import QuantizedTensor, use_kernel
+from lowbit.formats import Format, parse_format
+from lowbit.formats.activation import parse_activation
+from lowbit.kernels.cpu import native, packed
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
 
@@ -150,3 +151,67 @@ def test_stays_inside_its_buffers(tmp_path: os.PathLike[str]) -> None:
         pytest.skip("the compiler has no sanitizer libraries")
     env = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "LOWBIT_CACHE": str(tmp_path)}
     assert run(SANITIZED, **env).strip() == "clean"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("act", ["int8:row", "float8_e4m3:row"])
+def test_quantizes_rows_as_defined(act: str, dtype: torch.dtype) -> None:
+    activation = parse_activation(act)
+    assert activation is not None
+    generator = torch.Generator().manual_seed(0)
+    for m, k in ((1, 576), (5, 33), (130, 1000), (3, 1)):
+        for size in (1.0, 1e-3, 1e3):
+            x = (torch.randn(m, k, generator=generator) * size).to(dtype)
+            x[m // 2] = 0
+            x[0, 0] *= 100 if dtype != torch.float16 else 10
+            levels, scale = activation.split(x)
+            found = native.quantize_rows(x, act)
+            assert found is not None
+            assert torch.equal(found[0], levels.float())
+            assert torch.equal(found[1], scale)
+            if act == "int8:row":
+                codes = native.quantize_rows(x, act, codes=True)
+                assert codes is not None
+                assert torch.equal(codes[0], activation.quantize(x)["qdata"])
+
+
+@needs_compiler
+def test_rounds_halves_and_everything_between() -> None:
+    """Scales of one: what is rounded are the numbers themselves."""
+    halves = torch.cat([torch.tensor([127.5]), torch.arange(-255, 256) / 2])[None]
+    found = native.quantize_rows(halves, "int8:row")
+    assert found is not None
+    assert float(found[1]) == 1
+    assert torch.equal(found[0], halves.round().clamp(-128, 127))
+    every = torch.arange(0, 1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = torch.cat([torch.tensor([448.0]), every[every.abs() <= 448]])[None]
+    between = torch.cat([every, every * (1 + 2**-20)], dim=1).clamp(-448, 448)
+    found = native.quantize_rows(between, "float8_e4m3:row")
+    assert found is not None
+    assert float(found[1]) == 1
+    assert torch.equal(found[0], between.to(torch.float8_e4m3fn).float())
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-38, 3e38])
+def test_rows_that_are_not_ordinary_are_left_to_the_definition(value: float) -> None:
+    x = torch.ones(3, 8)
+    x[1] = value
+    for act in ("int8:row", "float8_e4m3:row"):
+        assert native.quantize_rows(x, act) is None
+    assert native.quantize_rows(torch.ones(3, 8), "int8:g8") is None
+
+
+@pytest.mark.skipif(not packed.multiplies_int8(), reason="this CPU has no exact products of bytes")
+def test_bytes_times_bytes_are_exact() -> None:
+    fmt, act = parse_format("int8:row"), parse_activation("int8:row")
+    w = QuantizedTensor.from_float(torch.randn(33, 70, generator=torch.Generator().manual_seed(0)), fmt, act)
+    for m in (1, 5, 40):
+        x = torch.randn(m, 70, generator=torch.Generator().manual_seed(m))
+        planes = act.quantize(x) if act else {}
+        exact = planes["qdata"].double() @ w.planes["qdata"].double().T
+        exact *= planes["scale"].double() * w.planes["scale"].double().T
+        with use_kernel("aten_int_mm"):
+            y = F.linear(x, w)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)

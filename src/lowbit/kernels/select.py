@@ -19,7 +19,7 @@ import torch
 
 from lowbit.errors import see
 from lowbit.formats.base import Format
-from lowbit.kernels.cpu import native
+from lowbit.kernels.cpu import native, packed
 from lowbit.kernels.cuda import loader, scaled_mm, small_m, wgmma
 from lowbit.kernels.cuda.loader import Source
 from lowbit.kernels.problem import Problem, UnsupportedError, is_batch_invariant
@@ -174,6 +174,18 @@ def _cpu_int8(p: Problem) -> str | None:
     return None
 
 
+def _cpu_int_mm(p: Problem) -> str | None:
+    if reason := _eight_bit(p):
+        return reason
+    if p.weight.planes[0].dtype != torch.int8:
+        return "only int8 x int8"
+    if not packed.multiplies_int8():
+        return "the CPU has no exact products of bytes (VNNI)"
+    if p.k >= 1 << 17:
+        return f"its int32 sums can overflow from K = 131072, got {p.k}"
+    return None
+
+
 def _small_m(p: Problem) -> str | None:
     # Activations are quantized by a Triton kernel before this one runs.
     return small_m.why_not(p) or (triton_missing() if p.act else None)
@@ -222,6 +234,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only, operand="levels"),
     Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton, operand="levels"),
     Kernel("aten_int8_packed", "cpu", "cpu.packed:int8_packed", _cpu_int8),
+    Kernel("aten_int_mm", "cpu", "cpu.packed:int_mm", _cpu_int_mm, operand="codes"),
     Kernel("cpu_native", "cpu", "cpu.native:native", _native, operand="levels"),
     Kernel("torch_blocked", None, "blocked:blocked", _accept, operand="levels"),
     Kernel("reference", None, "reference:reference", _accept, by_name_only=True),

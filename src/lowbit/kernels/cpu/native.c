@@ -441,3 +441,73 @@ void lowbit_dequantize(const struct weight *w, int64_t start, int64_t stop, void
         }
     }
 }
+
+static inline float element(const void *x, int64_t bf16, int64_t i) {
+    return bf16 ? from_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+/* What a number divided by its row's scale becomes. */
+enum operand { SIGNED_BYTE, INTEGER_LEVEL, E4M3_LEVEL };
+
+/* To the nearest multiple of `unit`, halves to even, below 2^22 units: a sum with 1.5 * 2^23 units has no room for less. */
+static inline float to_multiple(float v, float unit) { return (v + 12582912.0f * unit) - 12582912.0f * unit; }
+
+/* To the nearest float8_e4m3fn, halves to even, magnitudes up to 448: four significant bits, and multiples of 2^-9. */
+static inline float to_e4m3(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    bits = (bits + 0x7ffff + (bits >> 20 & 1)) & ~0xfffffu;
+    float normal, small = to_multiple(v, 0x1p-9f);
+    memcpy(&normal, &bits, 4);
+    float level = v < 0x1p-6f && v > -0x1p-6f ? small : normal;
+    return level > 448 ? 448 : level < -448 ? -448 : level;
+}
+
+/* One row of k numbers with a scale, amax / top; 1 if that would be no ordinary number. */
+static inline __attribute__((always_inline)) int64_t quantize_row(enum operand kind, const void *x, int64_t bf16, int64_t k,
+                                                                  float top, void *out, float *restrict scale) {
+    uint32_t most = 0; /* magnitudes are ordered as integers, NaN and Inf above the rest */
+    for (int64_t i = 0; i < k; i++) {
+        float v = element(x, bf16, i);
+        uint32_t bits;
+        memcpy(&bits, &v, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float amax;
+    memcpy(&amax, &most, 4);
+    float s = most ? amax / top : 1;
+    if (most >= 0x7f800000 || !(s > 1e-30f && s < 1e30f)) return 1;
+    int8_t *restrict codes = out;
+    float *restrict levels = out;
+    for (int64_t i = 0; i < k; i++) {
+        float v = element(x, bf16, i) / s;
+        if (kind == E4M3_LEVEL) {
+            levels[i] = to_e4m3(v);
+            continue;
+        }
+        v = to_multiple(v, 1);
+        v = v > 127 ? 127 : v < -128 ? -128 : v;
+        if (kind == SIGNED_BYTE) codes[i] = (int8_t)(int32_t)v;
+        else levels[i] = v;
+    }
+    *scale = s;
+    return 0;
+}
+
+static int64_t quantize_any(enum operand kind, const void *x, int64_t bf16, int64_t k, float top, void *out, float *scale) {
+    if (kind == SIGNED_BYTE) return bf16 ? quantize_row(SIGNED_BYTE, x, 1, k, top, out, scale) : quantize_row(SIGNED_BYTE, x, 0, k, top, out, scale);
+    if (kind == E4M3_LEVEL) return bf16 ? quantize_row(E4M3_LEVEL, x, 1, k, top, out, scale) : quantize_row(E4M3_LEVEL, x, 0, k, top, out, scale);
+    return bf16 ? quantize_row(INTEGER_LEVEL, x, 1, k, top, out, scale) : quantize_row(INTEGER_LEVEL, x, 0, k, top, out, scale);
+}
+
+/* Rows of x (m, k), fp32 or bf16, to signed bytes or fp32 levels; how many rows are left to somebody else. */
+int64_t lowbit_quantize_rows(int64_t kind, const void *x, int64_t bf16, int64_t m, int64_t k, float top, void *out, float *scale,
+                             int64_t threads) {
+    int64_t left = 0, in_size = bf16 ? 2 : 4, out_size = kind == SIGNED_BYTE ? 1 : 4;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : left) if (m * k > 16384)
+    for (int64_t row = 0; row < m; row++)
+        left += quantize_any((enum operand)kind, (const char *)x + row * k * in_size, bf16, k, top,
+                             (char *)out + row * k * out_size, scale + row);
+    return left;
+}

@@ -68,6 +68,9 @@ def _library() -> ctypes.CDLL | str:
     library.lowbit_linear.argtypes = (pointer, integer, pointer, pointer, pointer, integer, integer)
     library.lowbit_dequantize.argtypes = (pointer, integer, integer, pointer, integer, pointer, integer, integer)
     library.lowbit_linear.restype = library.lowbit_dequantize.restype = None
+    quantize = library.lowbit_quantize_rows
+    quantize.argtypes = (integer, pointer, integer, integer, integer, ctypes.c_float, pointer, pointer, integer)
+    quantize.restype = integer
     return library
 
 
@@ -114,7 +117,8 @@ def native(
     """
     library = _library()
     assert isinstance(library, ctypes.CDLL)
-    operand, row_scale = split_input(x, problem.activation, act_scale)
+    fast = quantize_rows(x, problem.act) if isinstance(x, Tensor) else None
+    operand, row_scale = fast or split_input(x, problem.activation, act_scale)
     (m, k), n, threads = x.shape, problem.n, torch.get_num_threads()
     # Not for quantized activations: their row scale is still to come, and the product would be rounded twice.
     few, plain = m <= MAX_FUSED_TOKENS, problem.activation is None
@@ -138,6 +142,30 @@ def native(
     if bias is not None:
         y = y + bias
     return y.to(problem.dtype)
+
+
+# `enum operand` of native.c and the magnitude that a row's largest gets, for activations that it quantizes.
+_LEVELS = {"int8:row": (1, 127.5), "float8_e4m3:row": (2, 448.0)}
+
+
+def quantize_rows(x: Tensor, act: str, codes: bool = False) -> tuple[Tensor, Tensor] | None:
+    """The same values as `act` gives for `x (M, K)`: fp32 levels, or int8 `codes`, and scales fp32 `(M, 1)`.
+
+    None where native code is missing, for other formats than `int8:row` (codes, levels) and `float8_e4m3:row` (levels),
+    and for rows that are not ordinary (NaN, Inf, scales near the ends of fp32).
+    """
+    library = _library()
+    if not isinstance(library, ctypes.CDLL) or act not in _LEVELS:
+        return None
+    kind, top = _LEVELS[act]
+    x = (x if x.dtype in (torch.bfloat16, torch.float32) else x.float()).contiguous()
+    (m, k), bf16 = x.shape, int(x.dtype == torch.bfloat16)
+    out, scale = torch.empty(m, k, dtype=torch.int8 if codes else torch.float32), torch.empty(m, 1)
+    to = out.data_ptr(), scale.data_ptr()
+    left = library.lowbit_quantize_rows(
+        0 if codes else kind, x.data_ptr(), bf16, m, k, top, *to, torch.get_num_threads()
+    )
+    return None if left else (out, scale)
 
 
 @cache

@@ -1,13 +1,15 @@
-"""ATen's packed CPU matmuls, where they are right and fast."""
+"""ATen's CPU matmuls of int8, where they are right and fast."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels.problem import Problem
+from lowbit.kernels.cpu import native
+from lowbit.kernels.problem import Operand, Problem
 
 # The op's vector loads want whole cache lines; anything else ends the process (AVX512: 32 bytes for x, 16 for weights).
 ALIGNMENT = 64
@@ -46,3 +48,31 @@ def _aligned(t: Tensor) -> bool:
 
 def _ones(n: int) -> Tensor:
     return torch.ones(n, dtype=torch.bfloat16)
+
+
+@cache
+def multiplies_int8() -> bool:
+    """Whether the CPU adds products of bytes in 32 bits. Others add pairs of them in 16, which overflow."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def int_mm(
+    x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """int8 codes times int8 codes with `torch._int_mm`: exact sums in int32, scales and bias at their end."""
+    codes, row_scale = _codes(x, problem, act_scale)
+    y = torch._int_mm(codes, planes["qdata"].t()).float()
+    # The sums become numbers where they lie: for many tokens every pass over the result counts.
+    y *= planes["scale"].float().view(1, -1)
+    y *= row_scale
+    return (y if bias is None else y.add_(bias)).to(problem.dtype)
+
+
+def _codes(x: Tensor | Operand, problem: Problem, act_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if isinstance(x, Operand):
+        return x.values, x.row_scale
+    if problem.act == "int8:row" and (fast := native.quantize_rows(x, problem.act, codes=True)) is not None:
+        return fast
+    assert problem.activation is not None
+    found = problem.activation.quantize(x, act_scale)
+    return found["qdata"], found["scale"].float()
