@@ -2,13 +2,14 @@
 
     python benchmarks/faults.py --out benchmarks/results/NAME.json [--only NAME,NAME] [--share 0.1]
 
-The faults are those of tests/faults/, which needs the packages of `lowbit[test]`. It ends with an error if any promise
-was broken.
+The faults are those of tests/faults/, which needs the packages of `lowbit[test]`, and of `lowbit[fuzz]` for one of
+them. It ends with an error if any promise was broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -37,6 +38,9 @@ def main() -> int:
     rows, kept = [], True
     for fault in FAULTS:
         if fault.name not in chosen:
+            continue
+        if fault.needs is not None and importlib.util.find_spec(fault.needs) is None:
+            print(f"{fault.name:18} left out: {fault.needs} is not installed", flush=True)
             continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

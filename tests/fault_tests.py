@@ -45,6 +45,37 @@ ROWS = (
         "reads or writes beyond a buffer (C code)", "none, by the address and undefined-behaviour sanitizers",
         "kernels/test_native.py::test_stays_inside_its_buffers",
     ),
+    Row(
+        "scales that would be NaN, Inf or 0 on disk", "all named before a file is written",
+        "test_checkpoint.py::test_save_names_every_unfit_weight_and_writes_nothing",
+    ),
+    Row(
+        "a weight far larger than the others of its layer", "noted in the report, with the SQNR that is left",
+        "test_quantize.py::test_low_sqnr_is_noted",
+    ),
+    Row(
+        "torch's default dtype is another, as engines set it, while a format rounds", "equal bits",
+        "formats/test_values.py::test_the_default_dtype_changes_nothing",
+    ),
+    Row(
+        "code that opens a pickle, or runs text", "none in the source",
+        "test_layers.py::test_house_rules",
+    ),
+    Row(
+        "ops that PyTorch's own checks find fault with (`opcheck`)", "none", "test_ops.py::test_opcheck",
+    ),
+    Row(
+        "a warning, a GPU or another package at import", "none", "test_import.py::test_import_is_quick_silent_and_lean",
+    ),
+    Row("other rows in the batch", "equal bits, where asked for", "gpu/test_wgmma.py::test_batch_invariance"),
+    Row(
+        "a rule that reaches no layer, in vLLM too", "an error that names it",
+        "integrations/test_vllm.py::test_what_does_not_fit_is_refused",
+    ),
+    Row(
+        "an engine that passes over tensors it does not know", "what is missing is named",
+        "integrations/test_sglang.py::test_what_does_not_fit_is_refused",
+    ),
     Row("runs that differ", "equal bits", "gpu/test_execution.py::test_repeated_runs_give_the_same_bits"),
     Row(
         "a CUDA graph before kernels are compiled", "an error that names `warmup`",

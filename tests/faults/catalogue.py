@@ -12,12 +12,14 @@ from faults import (
     configs,
     disk,
     golden,
+    guided,
     headers,
     kills,
     memory,
     parsers,
     pickles,
     resumes,
+    shapes,
     values,
 )
 from faults.outcome import Outcome
@@ -30,6 +32,7 @@ class Fault(NamedTuple):
         run: takes a number of cases and an empty directory; some faults have several cases for each.
         full: how many for docs/reliability.md.
         few: how many for CI.
+        needs: a package without which it cannot be brought about.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Fault(NamedTuple):
     run: Callable[[int, Path], Outcome]
     full: int
     few: int
+    needs: str | None = None
 
     @property
     def file(self) -> str:
@@ -117,5 +121,13 @@ FAULTS = (
     ),
     Fault(
         "parsers", "any bytes reach a parser", "read, or refused with ValueError", parsers.run, 5000, 100,
+    ),
+    Fault(
+        "coverage", "the same, led by what of lowbit's code the last bytes reached",
+        "read, or refused with ValueError; no input takes 20 seconds", guided.run, 20_000, 300, needs="atheris",
+    ),
+    Fault(
+        "shapes", "N and K are 1, 2, 3, 31, ... 4097, in groups of 32, 64, 128 and K",
+        "right as fp32 can be, or an error with a name; no process dies", shapes.run, 784, 60,
     ),
 )  # fmt: skip

@@ -1,10 +1,10 @@
 """Feeds the parsers of `parsers.py` for as long as one likes.
 
-    python tests/faults/fuzz.py SECONDS                     changes of what they know, in turn
-    python tests/faults/fuzz.py --atheris NAME [options]    one of them guided by coverage; needs `pip install atheris`
+    python tests/faults/fuzz.py SECONDS                            changes of what they know, in turn
+    python tests/faults/fuzz.py --atheris NAME CORPUS [options]    one of them led by coverage; needs `lowbit[fuzz]`
 
-Options are those of libFuzzer, such as -max_total_time=60. An input that makes a parser raise what it must not stops
-the run and is printed.
+CORPUS is a directory in which inputs that reach new code are kept, to go on with. Options are those of libFuzzer, such
+as -max_total_time=60. An input that makes a parser raise what it must not stops the run and is printed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ def by_turns(seconds: float) -> int:
     return 0
 
 
-def by_coverage(name: str, options: list[str]) -> int:
+def by_coverage(name: str, corpus: Path, options: list[str]) -> int:
     import atheris  # type: ignore[import-not-found]
 
     with atheris.instrument_imports(include=["lowbit"]):
         from faults.parsers import complaint, seeds
 
-    corpus = TESTS.parent / ".atheris" / name
     corpus.mkdir(parents=True, exist_ok=True)
     for i, data in enumerate(seeds()[name]):
         (corpus / str(i)).write_bytes(data)
@@ -58,5 +57,5 @@ def by_coverage(name: str, options: list[str]) -> int:
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS), str(TESTS / "formats"), str(TESTS.parent / "src")]
     if sys.argv[1] == "--atheris":
-        raise SystemExit(by_coverage(sys.argv[2], sys.argv[3:]))
+        raise SystemExit(by_coverage(sys.argv[2], Path(sys.argv[3]), sys.argv[4:]))
     raise SystemExit(by_turns(float(sys.argv[1])))
