@@ -215,3 +215,21 @@ def test_bytes_times_bytes_are_exact() -> None:
         with use_kernel("aten_int_mm"):
             y = F.linear(x, w)
         torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)
+
+
+@needs_compiler
+@each_format
+def test_torchs_default_dtype_changes_nothing(fmt: Format) -> None:
+    """Engines load models while it is bf16: a buffer of half the size would be written past its end."""
+    w, x = quantized(fmt, 70, 200), torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    with use_kernel("cpu_native"):
+        expected = [F.linear(part, w) for part in (x, x[:1])]
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            got = [F.linear(part, w) for part in (x, x[:1])]
+            rows = native.quantize_rows(x, "int8:row")
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
+    assert rows is not None
+    assert rows[0].dtype == rows[1].dtype == torch.float32

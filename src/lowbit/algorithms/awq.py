@@ -58,7 +58,7 @@ def awq_scale(
             f"{[tuple(w.shape) for w, _ in weights]}, {tuple(hessian.shape)} and {tuple(magnitude.shape)}"
             + see("input-mismatch")
         )
-    best, least = torch.ones(k, device=hessian.device), _error(weights, hessian, None)
+    best, least = torch.ones(k, dtype=torch.float32, device=hessian.device), _error(weights, hessian, None)
     for r in grid:
         s = candidate_scale(magnitude, r)
         error = _error(weights, hessian, s)

@@ -95,7 +95,7 @@ def gptq(
     codes = torch.empty(units, n, dtype=torch.uint8, device=w.device)
     visited = order.tolist()
     for start, stop in _blocks(units * v, block, group or v, v):
-        errors = torch.empty(stop - start, n, device=w.device)
+        errors = torch.empty(stop - start, n, dtype=torch.float32, device=w.device)
         for i in range(start, stop, v):
             if group is not None and i % group == 0:
                 end = min(i + group, k)

@@ -67,7 +67,7 @@ def least_error_scale(
             f"least_error_scale: weights (N, {k}) are needed for inputs {tuple(x.shape)}, got "
             f"{[tuple(w.shape) for w, _, _ in weights]}" + see("input-mismatch")
         )
-    x, best, least = x.float(), torch.ones(k, device=x.device), float("inf")
+    x, best, least = x.float(), torch.ones(k, dtype=torch.float32, device=x.device), float("inf")
     wanted = [x @ w.float().T for w, _, _ in weights]
     for s in (best, *candidates):
         error = 0.0

@@ -127,7 +127,7 @@ def native(
     operand, y = operand.to(dtype), torch.empty(m, n, dtype=dtype)
     weight, keep = _describe(problem.weight, planes, n, k)
     size = k + 16 + 3 * planes["scale"].shape[1]
-    scratch = torch.empty(threads * size)
+    scratch = torch.empty(threads * size, dtype=torch.float32)
     pool = (scratch.data_ptr(), size, threads)
     if few:
         library.lowbit_linear(ctypes.byref(weight), m, operand.data_ptr(), y.data_ptr(), *pool)
@@ -160,7 +160,7 @@ def quantize_rows(x: Tensor, act: str, codes: bool = False) -> tuple[Tensor, Ten
     kind, top = _LEVELS[act]
     x = (x if x.dtype in (torch.bfloat16, torch.float32) else x.float()).contiguous()
     (m, k), bf16 = x.shape, int(x.dtype == torch.bfloat16)
-    out, scale = torch.empty(m, k, dtype=torch.int8 if codes else torch.float32), torch.empty(m, 1)
+    out, scale = torch.empty(m, k, dtype=torch.int8 if codes else torch.float32), torch.empty(m, 1, dtype=torch.float32)
     to = out.data_ptr(), scale.data_ptr()
     left = library.lowbit_quantize_rows(
         0 if codes else kind, x.data_ptr(), bf16, m, k, top, *to, torch.get_num_threads()
