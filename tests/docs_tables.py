@@ -218,6 +218,20 @@ def generate_rows() -> list[Cells]:
     return rows
 
 
+def cpu_generate_rows() -> list[Cells]:
+    """Of `lowbit bench generate --device cpu`: tokens per second and the first token, and both before."""
+    _, result = newest("cpu_*_generate.json")
+    _, before = newest("cpu_*_generate_before.json")
+    old = {r["config"]: r for r in before["records"]}
+
+    def cells(r: dict[str, Any] | None) -> Cells:
+        if r is None:
+            return ("", "")
+        return (f"{r['tokens_per_second']:.1f} ({r['speedup']:.2f})", f"{r['first_token_ms']:.0f}")
+
+    return [(f"`{r['config']}`", *cells(r), *cells(old.get(r["config"]))) for r in result["records"]]
+
+
 def batches_rows() -> list[Cells]:
     """Of `lowbit bench generate` with several sequences: tokens per second of all, and speed-up over bf16."""
     _, result = newest("h100_*_generate_batches.json")
@@ -514,6 +528,11 @@ TABLES = {
         "docs/measured.md",
         ("config", "tokens/s", "speed-up", "first token, ms", "GB/s", "of the floor", "model GB", "peak GB"),
         generate_rows,
+    ),
+    "cpu generate": Table(
+        "docs/measured.md",
+        ("config", "tokens/s (over bf16)", "first token, ms", "tokens/s before", "first token before, ms"),
+        cpu_generate_rows,
     ),
     "batches": Table("docs/measured.md", ("config", "16 sequences", "64 sequences"), batches_rows),
     "peers": Table(
