@@ -56,9 +56,9 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     kind = "cuda" if device.type == "cuda" else "cpu"
     reads = tuple((size, _seconds(timing.read_calls(size, device), device)) for size in READS[kind])
     peaks, missing = dict[str, float](), dict[str, str]()
-    for unit, make in (("bf16", _bf16), ("float8", _float8), ("int8", _int8), ("int8", _int8_in_triton)):
-        if kind == "cpu" and unit != BF16:
-            missing[unit] = "kernels on a CPU multiply in fp32"
+    for unit, make in (("bf16", _bf16), ("float8", _float8), ("int8", _int8), ("int8", _int8_here)):
+        if kind == "cpu" and (unit == "float8" or (unit == "int8" and not _multiplies_codes(device))):
+            missing[unit] = "kernels on this CPU multiply in fp32"
             continue
         try:
             speed = 2 * SIDE[kind] ** 3 / _seconds(make(SIDE[kind], device), device)
@@ -70,6 +70,12 @@ def measure_ceilings(device: torch.device) -> Ceilings:
             if unit not in peaks:
                 missing[unit] = reason_of(error)
     return Ceilings(reads, peaks, _seconds(_empty(device), device), missing)
+
+
+def _multiplies_codes(device: torch.device) -> bool:
+    """Whether int8 meets int8 without becoming something else."""
+    problem = Problem(64, 64, 64, "int8:row", "int8:row", torch.bfloat16, device.type, arch_of(device))
+    return ops.operand_dtype(problem) == torch.int8
 
 
 def _seconds(calls: Sequence[Call], device: torch.device) -> float:
@@ -108,13 +114,12 @@ def _int8(side: int, device: torch.device) -> list[Call]:
     return [partial(torch._int_mm, a, b.T)] * 2
 
 
-def _int8_in_triton(side: int, device: torch.device) -> list[Call]:
-    """The library's products of integers are not the fastest there are: on an H100 lowbit's own reach a tenth more."""
-    from lowbit.kernels.triton import scaled_mm
-
+def _int8_here(side: int, device: torch.device) -> list[Call]:
+    """PyTorch's products of integers are not the fastest there are on a GPU: what lowbit runs in their place."""
     a, b = _int8_squares(side, device)
-    one = torch.ones(1, 1, device=device)
-    return [partial(scaled_mm.matmul, a, one, b, one, None, torch.bfloat16)] * 2
+    ones = torch.ones(side, 1, device=device)
+    how = ("int8:row", "int8:row", side, side, torch.bfloat16, False)
+    return [partial(ops.linear_of_operand, a, ones, [b, ones], None, *how)] * 2
 
 
 def _empty(device: torch.device) -> list[Call]:
