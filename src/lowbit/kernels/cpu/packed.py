@@ -53,7 +53,8 @@ def _ones(n: int) -> Tensor:
 @cache
 def multiplies_int8() -> bool:
     """Whether the CPU adds products of bytes in 32 bits. Others add pairs of them in 16, which overflow."""
-    return bool(torch.cpu._is_vnni_supported())
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return supported is not None and bool(supported())
 
 
 def int_mm(
