@@ -67,9 +67,8 @@ def _split(x: Tensor, act_scale: Tensor | None, act: str, dtype: torch.dtype) ->
         fast = native.quantize_rows(flat, act, codes=dtype == torch.int8)
         if fast is not None:
             return fast[0].to(dtype).view(x.shape), fast[1]
-    operand, scale = activation.split(flat, act_scale)
-    if dtype not in (torch.bfloat16, torch.float32):
-        operand = activation.quantize(flat, act_scale)["qdata"]
+    levels = dtype in (torch.bfloat16, torch.float32)
+    operand, scale = (activation.split if levels else activation.codes)(flat, act_scale)
     # A static scale comes back; an op's outputs must not be its inputs.
     return operand.to(dtype).view(x.shape), scale.clone() if scale is act_scale or activation.static else scale
 

@@ -69,6 +69,14 @@ class Activation:
         """Planes of `x (M, K)`."""
         return self.format.quantize(x, self.params(x, static_scale), check_finite=False)
 
+    def codes(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Whole 8-bit codes `(M, K)` in the dtype of their plane, and `row_scale (M or 1, 1)` fp32.
+
+        For formats without zero points and with one level of scales.
+        """
+        planes = self.quantize(x, static_scale)
+        return planes["qdata"], planes["scale"].float()
+
     def split(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`operand (M, K)` bf16 and `row_scale (M or 1, 1)` fp32 with `x ~ operand * row_scale`.
 

@@ -125,6 +125,9 @@ def _eight_bit(p: Problem) -> str | None:
     reason = _whole_codes("activation", p.activation.format) or _whole_codes("weight", p.weight)
     if reason is None and p.activation.format.element != p.weight.element:
         return "activation and weight have different elements"
+    # A product is at most 2**14.
+    if reason is None and p.weight.planes[0].dtype == torch.int8 and p.k >= 1 << 17:
+        return f"its int32 sums can overflow from K = 131072, got {p.k}"
     return reason
 
 
@@ -147,10 +150,7 @@ def _triton_scaled_mm(p: Problem) -> str | None:
     reason = _eight_bit(p)
     if reason:
         return reason
-    if p.weight.planes[0].dtype == torch.int8:
-        if p.k >= 1 << 17:
-            return f"its int32 sums can overflow from K = 131072, got {p.k}"
-    elif p.arch is None or p.arch < (8, 9):
+    if p.weight.planes[0].dtype != torch.int8 and (p.arch is None or p.arch < (8, 9)):
         return "matrix units multiply float8 from compute capability 8.9"
     return _triton(p)
 
@@ -179,11 +179,7 @@ def _cpu_int_mm(p: Problem) -> str | None:
         return reason
     if p.weight.planes[0].dtype != torch.int8:
         return "only int8 x int8"
-    if not packed.multiplies_int8():
-        return "the CPU has no exact products of bytes (VNNI)"
-    if p.k >= 1 << 17:
-        return f"its int32 sums can overflow from K = 131072, got {p.k}"
-    return None
+    return None if packed.multiplies_int8() else "the CPU has no exact products of bytes (VNNI)"
 
 
 def _small_m(p: Problem) -> str | None:

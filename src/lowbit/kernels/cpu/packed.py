@@ -75,5 +75,4 @@ def _codes(x: Tensor | Operand, problem: Problem, act_scale: Tensor | None) -> t
     if problem.act == "int8:row" and (fast := native.quantize_rows(x, problem.act, codes=True)) is not None:
         return fast
     assert problem.activation is not None
-    found = problem.activation.quantize(x, act_scale)
-    return found["qdata"], found["scale"].float()
+    return problem.activation.codes(x, act_scale)

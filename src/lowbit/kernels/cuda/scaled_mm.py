@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit.formats.base import Format
 from lowbit.formats.elements import IntElement
 from lowbit.kernels.cuda import decode, loader
-from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, shares
+from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, fastest, shares, why_not_hopper
 from lowbit.kernels.problem import Operand, Problem
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
@@ -120,17 +120,14 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Tiling:
         exchange = 1400 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
         return max(memory, math.ceil(waves) * all_stages) + 600 * math.ceil(waves) + exchange
 
-    # Blocks that share tiles wait for each other, and so belong in one wave.
-    return min(
-        (c for c in candidates(fmt, m, k) if c.split == 1 or c.tiles(m, n) * c.split <= sms * c.blocks), key=cycles
-    )
+    return fastest(candidates(fmt, m, k), cycles, m, n, sms)
 
 
 def why_not(problem: Problem) -> str | None:
     """The condition of the table of kernels, for formats of 8 bits whose scales do not change along K."""
     fmt = problem.weight
-    if problem.arch is not None and problem.arch != (9, 0):
-        return f"needs Hopper's matrix units (9.0), this GPU has {problem.arch[0]}.{problem.arch[1]}"
+    if (reason := why_not_hopper(problem)) is not None:
+        return reason
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"written for bf16 and fp16, got {problem.dtype}"
     if problem.k % 16:
@@ -140,10 +137,7 @@ def why_not(problem: Problem) -> str | None:
     found = decode.constants(fmt, (16,))
     if isinstance(found, str):
         return found
-    if kind(fmt) == "s8":
-        if problem.k >= 1 << 17:
-            return f"its int32 sums can overflow from K = 131072, got {problem.k}"
-    elif problem.m > 128:
+    if kind(fmt) != "s8" and problem.m > 128:
         # Measured on an H100 (docs/measured.md): sums of float8 in fp32 leave registers for small tiles only.
         return f"M = {problem.m} is above 128, where cuBLAS is faster"
     return loader.missing()

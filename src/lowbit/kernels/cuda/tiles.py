@@ -6,8 +6,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from lowbit.kernels.problem import Problem
 
 # What a block may use, less what lies beside the rings (barriers and tables).
 SHARED_PER_BLOCK = 216 << 10
@@ -73,6 +76,21 @@ class Shares(NamedTuple):
 
 # Numbers that memory holds by chance as good as never.
 _launches = itertools.count(secrets.randbits(62) + 1)
+
+
+T = TypeVar("T", bound=Tiling)
+
+
+def fastest(tilings: Iterable[T], cycles: Callable[[T], float], m: int, n: int, sms: int) -> T:
+    """The instance of the least `cycles`. Blocks that share tiles wait for each other, and so belong in one wave."""
+    return min((c for c in tilings if c.split == 1 or c.tiles(m, n) * c.split <= sms * c.blocks), key=cycles)
+
+
+def why_not_hopper(problem: Problem) -> str | None:
+    """Why kernels of Hopper's matrix units cannot run a problem; nothing against one whose GPU is not known."""
+    if problem.arch is not None and problem.arch != (9, 0):
+        return f"needs Hopper's matrix units (9.0), this GPU has {problem.arch[0]}.{problem.arch[1]}"
+    return None
 
 
 def shares(c: Tiling, m: int, n: int, steps: int, sms: int) -> Shares:

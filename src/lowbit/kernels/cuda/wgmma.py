@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.kernels.cuda import decode, loader, small_m
-from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, shares
+from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, fastest, shares, why_not_hopper
 from lowbit.kernels.problem import Operand, Problem, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
@@ -169,10 +169,7 @@ def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
         exchange = 3750 + 0.18 * c.rows * c.tokens if c.split > 1 else 0
         return ahead + max(memory, math.ceil(waves) * (all_steps + 600) + exchange)
 
-    # Blocks that share tiles wait for each other, and so belong in one wave.
-    return min(
-        (c for c in candidates(fmt, m, k) if c.split == 1 or c.tiles(m, n) * c.split <= sms * c.blocks), key=cycles
-    )
+    return fastest(candidates(fmt, m, k), cycles, m, n, sms)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -180,8 +177,8 @@ def why_not(problem: Problem) -> str | None:
     fmt, act = problem.weight, problem.activation
     if (reason := decode.why_not_dtype(problem)) is not None:
         return reason
-    if problem.arch is not None and problem.arch != (9, 0):
-        return f"needs Hopper's matrix units (9.0), this GPU has {problem.arch[0]}.{problem.arch[1]}"
+    if (reason := why_not_hopper(problem)) is not None:
+        return reason
     if act is not None and act.grouped:
         return "scales per group of the activation change along K"
     if problem.k % decode.chunk(fmt):

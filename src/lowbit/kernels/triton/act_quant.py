@@ -155,7 +155,4 @@ def codes(x: Tensor | Operand, act: Activation, static_scale: Tensor | None) -> 
     if act.static and static_scale is None:
         act.quantize(x)  # raises the error that says what is missing
     found = quantize(x, act, static_scale if act.static else None, act.format.planes[0].dtype)
-    if found is None:
-        planes = act.quantize(x, static_scale)
-        found = planes["qdata"], planes["scale"].float()
-    return found
+    return act.codes(x, static_scale) if found is None else found
