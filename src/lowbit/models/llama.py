@@ -94,8 +94,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def added_up(y: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
-    """The sum of `y` over the ranks of a model that is parallelized, in place of it. It has no gradient."""
+    """The sum of `y` over the ranks of a model that is parallelized, in place of it."""
     if ranks is not None:
+        _check_no_gradient(y)
         dist.all_reduce(y, group=ranks)
     return y
 
@@ -104,9 +105,19 @@ def gathered(y: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
     """The parts `(..., V / ranks)` that ranks have, side by side: `(..., V)`."""
     if ranks is None:
         return y
+    _check_no_gradient(y)
     parts = y.new_empty(dist.get_world_size(ranks), *y.shape)
     dist.all_gather(list(parts.unbind()), y.contiguous(), group=ranks)
     return parts.movedim(0, -2).flatten(-2)
+
+
+def _check_no_gradient(y: Tensor) -> None:
+    """What ranks exchange leaves autograd's graph: gradients would be wrong and look right."""
+    if y.requires_grad:
+        raise ValueError(
+            "a model that is cut over ranks has no gradients; run it in torch.no_grad(), or train with "
+            "torch.distributed.tensor.parallel" + see("op-not-defined")
+        )
 
 
 class Attention(nn.Module):
