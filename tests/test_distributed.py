@@ -6,11 +6,8 @@ Each rank notes what happened per format and check; the test then reads the note
 from __future__ import annotations
 
 import copy
-import json
-import os
-import traceback
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import FORMATS, sqnr_db, weights
+from gloo_ranks import assert_passed, run_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -145,29 +143,11 @@ def fsdp_trains_what_is_not_quantized(fmt: Format) -> None:
 
 
 def rank_main(rank: int, specs: list[str], folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    notes: dict[str, str] = {}
-    for spec in specs:
-        for name, run in CHECKS.items():
-            try:
-                run(parse_format(spec))
-                notes[f"{spec} {name}"] = "passed"
-            except (Exception, pytest.fail.Exception):
-                notes[f"{spec} {name}"] = traceback.format_exc()
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(notes))
-    dist.barrier()
-    dist.destroy_process_group()
+    checks = {f"{spec} {name}": partial(run, parse_format(spec)) for spec in specs for name, run in CHECKS.items()}
+    run_rank(rank, WORLD, folder, checks)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_every_format_on_two_ranks(tmp_path: Path) -> None:
     mp.spawn(rank_main, ([f.spec for f in FORMATS], str(tmp_path)), nprocs=WORLD)
-    for rank in range(WORLD):
-        notes = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert len(notes) == len(FORMATS) * len(CHECKS)
-        failed = {name: note for name, note in notes.items() if note != "passed"}
-        assert not failed, f"rank {rank}: {len(failed)} of {len(notes)} failed\n" + "\n".join(
-            f"{name}\n{note}" for name, note in failed.items()
-        )
+    assert_passed(tmp_path, WORLD, len(FORMATS) * len(CHECKS))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import sqnr_db
+from gloo_ranks import run_rank
 from torch.distributed.device_mesh import init_device_mesh
 
 import lowbit
@@ -78,6 +75,18 @@ def activations_are_quantized_by_part() -> None:
         assert sqnr_db(whole(ids), part(ids)) > 20
 
 
+def gradients_are_refused() -> None:
+    part = parallelize_(made(TINY, "int8wo", fused=True))
+    part.model.norm.weight.requires_grad_()
+    ids = torch.arange(4)[None]
+    with pytest.raises(ValueError, match=r"has no gradients; run it in torch.no_grad\(\)"):
+        part(ids)
+    part.model.norm.weight.requires_grad_(False)
+    part.model.layers[0].input_layernorm.weight.requires_grad_()
+    with pytest.raises(ValueError, match="has no gradients"):
+        part(ids)
+
+
 def errors_leave_the_model_whole() -> None:
     model = made(TINY, "int4wo-128", fused=True)
     before = {name: module for name, module in model.named_modules()}
@@ -90,23 +99,13 @@ def errors_leave_the_model_whole() -> None:
         parallelize_(made(replace(TINY, num_heads=6, num_kv_heads=3), "", fused=False))
 
 
-def run_rank(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def rank_main(rank: int, folder: str) -> None:
     variants = [(v, "", False) for v in VARIANTS]
     variants += [("plain", scheme, True) for scheme in SCHEMES]
-    checks: list[Callable[[], None]] = [
-        partial(same_as_whole, VARIANTS[v], *rest) for v, *rest in [*variants, ("tied", "int8wo", True)]
-    ]
-    checks += [activations_are_quantized_by_part, errors_leave_the_model_whole]
-    notes: dict[str, str] = {}
-    for i, run in enumerate(checks):
-        try:
-            run()
-            notes[f"{i} {run}"] = "passed"
-        except (Exception, pytest.fail.Exception):
-            notes[f"{i} {run}"] = traceback.format_exc()
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(notes))
-    dist.barrier()
-    dist.destroy_process_group()
+    checks: dict[str, Callable[[], None]] = {
+        f"{v} {scheme} {fused}": partial(same_as_whole, VARIANTS[v], scheme, fused)
+        for v, scheme, fused in [*variants, ("tied", "int8wo", True)]
+    }
+    for check in (activations_are_quantized_by_part, gradients_are_refused, errors_leave_the_model_whole):
+        checks[check.__name__] = check
+    run_rank(rank, WORLD, folder, checks)

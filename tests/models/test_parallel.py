@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from parallel_ranks import TINY, WORLD, made, run_rank
+from gloo_ranks import assert_passed
+from parallel_ranks import TINY, WORLD, made, rank_main
 
 from lowbit.models import parallelize_
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=WORLD)
-    for rank in range(WORLD):
-        notes = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        failed = {name: note for name, note in notes.items() if note != "passed"}
-        assert not failed, f"rank {rank}: " + "\n".join(f"{name}\n{note}" for name, note in failed.items())
-        assert len(notes) == 13
+    mp.spawn(rank_main, (str(tmp_path),), nprocs=WORLD)
+    assert_passed(tmp_path, WORLD, 14)
 
 
 def test_without_ranks_it_is_an_error() -> None:
