@@ -132,18 +132,26 @@ def test_matrix_units_in_fp16(spec: str) -> None:
         assert_in_registers(code, "HGMMA")
 
 
-@pytest.mark.parametrize(
-    ("spec", "product", "sizes"),
-    [("int8:row", "IGMMA", (8, 64, 256)), ("float8_e4m3:row", "QGMMA", (8, 64, 128)),
-     ("float8_e5m2:row", "QGMMA", (64,))],
-)  # fmt: skip
+CODES = [
+    ("int8:row", "int8:row", (8, 64, 256)), ("float8_e4m3:row", "float8_e4m3:row", (8, 64, 128)),
+    ("float8_e5m2:row", "float8_e5m2:row", (64,)), ("int4:g128", "float8_e4m3:row", (16, 128)),
+    ("int4:g128", "int8:row", (16, 128)), ("int4:g32:asym", "float8_e4m3:row", (64,)),
+    ("int4:g64:asym", "int8:row", (64,)), ("int4:row", "int8:row", (64,)), ("int4:g256", "float8_e4m3:g128", (64,)),
+    ("float8_e4m3:b128x128", "float8_e4m3:g128", (16, 128)), ("int8:g128", "int8:row", (64,)),
+    ("int8:row", "int8:g128", (64,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "act", "sizes"), CODES)
 @pytest.mark.parametrize("tile", [Tiling(8), Tiling(8, cut=True, blocks=2, warpgroups=1)], ids=str)
-def test_codes_times_codes(spec: str, product: str, sizes: tuple[int, ...], tile: Tiling) -> None:
+def test_codes_times_codes(spec: str, act: str, sizes: tuple[int, ...], tile: Tiling) -> None:
+    fmt, act_fmt = parse_format(spec), parse_format(act)
+    product = "IGMMA" if act.startswith("int8") else "QGMMA"
     for tokens in sizes:
         c = replace(tile, tokens=tokens, split=4 if tokens == 64 and not tile.cut else 1)
-        if isinstance(scaled_mm.constants(parse_format(spec), c), str):
+        if isinstance(scaled_mm.constants(fmt, act_fmt, c), str):
             continue
-        code = instructions(scaled_mm.source(parse_format(spec), c, torch.bfloat16).machine_code(HOPPER), "scaled_mm")
+        code = instructions(scaled_mm.source(fmt, act_fmt, c, torch.bfloat16).machine_code(HOPPER), "scaled_mm")
         products = [line for line in code if product in line]
         assert len(products) >= 4
         assert all(f"64x{tokens}x32" in line for line in products)
@@ -152,15 +160,22 @@ def test_codes_times_codes(spec: str, product: str, sizes: tuple[int, ...], tile
 
 
 def test_every_number_of_tokens_has_an_instance_for_codes() -> None:
-    for spec in ("int8:row", "float8_e4m3:row"):
-        fmt = parse_format(spec)
+    for spec, act, _ in CODES:
+        fmt, act_fmt = parse_format(spec), parse_format(act)
         for m in (1, 9, 17, 33, 65, 129, 5000):
-            for n, k in ((5, 16), (4096, 4096), (28672, 4096), (4096, 14336)):
-                c = scaled_mm.config_for(fmt, m, n, k, 132)
-                used = scaled_mm.stages(c) * scaled_mm.stage_bytes(c) + c.output_bytes + 1024
-                assert used * c.blocks <= 227 << 10
+            for n, k in ((5, 32), (4096, 4096), (28672, 4096), (4096, 14336)):
+                c = scaled_mm.config_for(fmt, act_fmt, m, n, k, 132)
+                used = scaled_mm.stages(fmt, act_fmt, c) * scaled_mm.stage_bytes(fmt, act_fmt, c)
+                assert (used + c.output_bytes + 1024) * c.blocks <= 227 << 10
                 assert c.split * scaled_mm.DEPTH <= max(k, scaled_mm.DEPTH)
-    assert scaled_mm.config_for(parse_format("int8:row"), 100, 4096, 14336, 132).split > 1  # few tiles
+                d = dict(scaled_mm.constants(fmt, act_fmt, c))
+                beside = [d["PRODUCER_REGS"], *([d["WIDENER_REGS"]] if spec.startswith("int4") else [])]
+                groups = c.warpgroups + len(beside)
+                at_launch = 65536 // c.blocks // (128 * groups) // 8 * 8
+                assert sum(beside) + c.warpgroups * d["CONSUMER_REGS"] <= at_launch * groups
+                assert max(beside) <= at_launch  # they only give
+    int8 = parse_format("int8:row")
+    assert scaled_mm.config_for(int8, int8, 100, 4096, 14336, 132).split > 1  # few tiles
 
 
 @each_format
@@ -184,7 +199,7 @@ def test_a_block_never_asks_for_more_than_there_is(fmt: Format) -> None:
         if isinstance(defines, str):
             continue
         d = dict(defines)
-        at_launch = 65536 // config.blocks // config.threads // 8 * 8
+        at_launch = 65536 // config.blocks // config.threads() // 8 * 8
         # Registers that warpgroups give to each other: more than there are would be waited for without end.
         used = d["PRODUCER_REGS"] + config.warpgroups * d["CONSUMER_REGS"]
         assert used <= at_launch * (1 + config.warpgroups)

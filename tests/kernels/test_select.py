@@ -115,6 +115,14 @@ def test_when_nothing_applies_every_reason_is_listed(monkeypatch: pytest.MonkeyP
     ("cuda_scaled_mm", "int8:row", {"act": "int8:row", "dtype": torch.float32}, "written for bf16 and fp16"),
     ("cuda_scaled_mm", "int8:row", {"act": "int8:row:asym"}, "zero points"),
     ("cuda_scaled_mm", "float8_e4m3:row", {"act": "float8_e4m3:row", "m": 129}, "above 128, where cuBLAS"),
+    ("cuda_scaled_mm", "int4:g128", {"act": "int8:g64"}, "per group of 128"),
+    ("cuda_scaled_mm", "int4:g128", {"act": "float8_e5m2:row"}, "not widened"),
+    ("cuda_scaled_mm", "int4:g128", {"act": "int8:row", "k": 112}, "multiples of 16 bytes"),
+    ("cuda_scaled_mm", "int4:g48", {"act": "int8:row", "k": 96}, "do not line up"),
+    ("cuda_scaled_mm", "mxfp4", {"act": "float8_e4m3:row"}, "not widened"),
+    ("cuda_scaled_mm", "nf4:g64", {"act": "int8:row"}, "integers of 4 bits"),
+    ("cuda_scaled_mm", "int8:row:asym", {"act": "int8:row"}, "the weight has zero points"),
+    ("cuda_scaled_mm", "float8_e4m3:row", {"act": "int8:row"}, "different elements"),
     ("cublas_scaled_mm", "nvfp4", {"act": "nvfp4"}, "no 8-bit codes"),
     ("cublas_scaled_mm", "int8:row", {"act": "int8:row:asym"}, "zero points"),
     ("aten_int_mm", "float8_e4m3:row", {"act": "float8_e4m3:row", "device": "cpu"}, "only int8 x int8"),
@@ -139,6 +147,16 @@ def test_eight_bit_matmuls_are_chosen_on_hopper() -> None:
     assert chosen("float8_e4m3:row", 129) == chosen("float8_e4m3:row", 128, (8, 9)) == "cublas_scaled_mm"
     assert chosen("int8:row", 16) == chosen("int8:row", 4096) == "cuda_scaled_mm"
     assert chosen("int8:row", 16, (8, 0)) == chosen("float8_e5m2:row", 129) == "triton_scaled_mm"
+
+
+@pytest.mark.parametrize(("weight", "act"), [
+    ("int4:g128", "float8_e4m3:row"), ("int4:g32:asym", "int8:row"), ("float8_e4m3:b128x128", "float8_e4m3:g128"),
+    ("int8:g128", "int8:row"), ("int4:g128", "float8_e4m3:tensor@static"),
+])  # fmt: skip
+def test_codes_whose_scales_change_along_k_use_8_bit_products(weight: str, act: str) -> None:
+    for m in (16, 4096):
+        choice = select(problem(weight, m, 4096, 4096, act, device="cuda", arch=(9, 0)))
+        assert choice.kernel.name == "cuda_scaled_mm"
 
 
 def test_parsing_is_cached() -> None:

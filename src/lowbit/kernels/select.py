@@ -157,7 +157,7 @@ def _triton_scaled_mm(p: Problem) -> str | None:
 
 def _cuda_scaled_mm(p: Problem) -> str | None:
     # Activations are quantized by a Triton kernel before this one runs.
-    return _eight_bit(p) or scaled_mm.why_not(p) or triton_missing()
+    return scaled_mm.why_not(p) or triton_missing()
 
 
 def _cpu_int8(p: Problem) -> str | None:

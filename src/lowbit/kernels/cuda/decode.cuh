@@ -32,7 +32,8 @@ typedef unsigned char u8;
 #define FP16 0
 #endif
 #ifndef AS_CODES
-#define AS_CODES 0  // codes are multiplied as they are, and need no powers of two
+#define AS_CODES 0  // codes are multiplied as 8-bit codes, which leaves this power of two of the levels undone:
+#define CODES_UNIT 0
 #endif
 #ifndef COPIES
 #define COPIES 32  // of a table in shared memory: every lane has a bank of its own; or 8, where room is scarce
@@ -450,7 +451,7 @@ __device__ __forceinline__ float scale_value(const Arguments &a, RawScale raw) {
 }
 
 // What undoes the powers of two that decoding leaves.
-constexpr float UNDO = exp2i(AS_CODES                                            ? 0
+constexpr float UNDO = exp2i(AS_CODES                                            ? CODES_UNIT
                              : FOLDED                                            ? FOLD + (KIND == INT && BITS == 1)
                              : FP16 && KIND == INT && SCALE_MODE == PER_CHUNK ? UNIT - BASE_UNIT
                                                                                : UNIT);

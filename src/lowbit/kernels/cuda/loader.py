@@ -256,24 +256,34 @@ class TensorMap(ctypes.Structure):
 
 
 @lru_cache(maxsize=4096)
-def tensor_map(address: int, rows: int, columns: int, box_rows: int, stride: int | None = None) -> TensorMap:
-    """How the copy engine reads boxes of `box_rows` x 64 from a matrix `(rows, columns)` of 2-byte elements.
+def tensor_map(
+    address: int,
+    rows: int,
+    columns: int,
+    box_rows: int,
+    stride: int | None = None,
+    box_bytes: int = 128,
+    swizzled: bool = True,
+) -> TensorMap:
+    """How the copy engine reads boxes of `box_rows` rows from a matrix `(rows, columns)` of 2-byte elements.
 
-    Rows of a box have 128 bytes in shared memory, whose 16-byte pieces are swizzled; what lies outside the matrix is 0.
-    It holds no tensor: where memory is used again, the same address means the same map.
+    What lies outside the matrix is 0. The map holds no tensor: where memory is used again, the same address means the
+    same map.
 
     Args:
         stride: bytes from row to row, a multiple of 16; as many as a row has, if it is None.
+        box_bytes: of a row of a box, 128 if `swizzled`: the 16-byte pieces of eight rows are mixed in shared memory.
     """
     encode = _libcuda().cuTensorMapEncodeTiled
     longs, ints = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
     strides = longs(stride or 2 * columns)
     memory = ctypes.create_string_buffer(128 + 64)
     aligned = -(-ctypes.addressof(memory) // 64) * 64
-    two_bytes, no_interleave, swizzle_128, promote_256, zeros = 1, 0, 3, 3, 0
+    two_bytes, no_interleave, promote_256, zeros = 1, 0, 3, 0
+    swizzle = 3 if swizzled else 0
     status = encode(
         ctypes.c_void_p(aligned), two_bytes, 2, ctypes.c_void_p(address), longs(columns, rows), strides,
-        ints(64, box_rows), ints(1, 1), no_interleave, swizzle_128, promote_256, zeros,
+        ints(box_bytes // 2, box_rows), ints(1, 1), no_interleave, swizzle, promote_256, zeros,
     )  # fmt: skip
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for {rows} x {columns} at {address:#x}")

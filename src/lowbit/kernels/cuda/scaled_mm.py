@@ -1,4 +1,5 @@
-"""8-bit codes times 8-bit codes on Hopper's matrix units (`scaled_mm.cu`), for any number of tokens."""
+"""Activations of 8-bit codes times weights of 8-bit codes, or of integers of 4 bits, on Hopper's matrix units
+(`scaled_mm.cu`), for any number of tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ from lowbit.kernels.triton.launch import multiprocessors, on_device
 
 #: Codes of K per stage.
 DEPTH = 128
+# Registers per thread of the warpgroups that bring operands, and that widen W.
+PRODUCER, WIDENER = 32, 64
 
 
 def instruction(tokens: int, kind: str) -> str:
-    """C++ for `wgmma(d, a, b, add)`: m64 x n`tokens` x k32 of `kind`, both from shared memory; 0: d is new."""
+    """C++ for `wgmma(d, w, x, add)`: m64 x n`tokens` x k32 of `kind`, both from shared memory; 0: d is new."""
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     integer = kind == "s8"
@@ -32,12 +35,12 @@ def instruction(tokens: int, kind: str) -> str:
     outputs = ", ".join(f'"{constraint}"(d[{i}])' for i in range(count))
     signs = "" if integer else ", 1, 1"
     return (
-        f"__device__ __forceinline__ void wgmma({value} (&d)[{count}], unsigned long long a, unsigned long long b, "
+        f"__device__ __forceinline__ void wgmma({value} (&d)[{count}], unsigned long long w, unsigned long long x, "
         "int add) {\n"
         f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.s32 p, %{count + 2}, 0;\\n"\n'
         f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k32.{result}.{kind}.{kind} '
         f'{{{sums}}}, %{count}, %{count + 1}, p{signs};\\n}}"\n'
-        f'        : {outputs} : "l"(a), "l"(b), "r"(add));\n}}\n'
+        f'        : {outputs} : "l"(w), "l"(x), "r"(add));\n}}\n'
     )
 
 
@@ -48,96 +51,164 @@ def kind(fmt: Format) -> str | None:
     return {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}.get(fmt.planes[0].dtype)
 
 
-def stage_bytes(c: Tiling) -> int:
-    """Of shared memory for `DEPTH` codes of K of both operands."""
-    return (c.rows + c.tokens) * DEPTH
+def is_narrow(fmt: Format) -> bool:
+    """Whether a weight has codes of 4 bits, which are widened."""
+    return fmt.element.bits == 4
 
 
-def stages(c: Tiling) -> int:
+def stage_bytes(fmt: Format, act: Format, c: Tiling) -> int:
+    """Of shared memory for `DEPTH` codes of K of both operands, W before it is widened, the activations' scales."""
+    w = DEPTH + (DEPTH // 2 if is_narrow(fmt) else 0)
+    return c.rows * w + c.tokens * (DEPTH + (4 if _x_group(act) else 0))
+
+
+def stages(fmt: Format, act: Format, c: Tiling) -> int:
     """That fit the shared memory of a block."""
     room = SHARED_PER_BLOCK // c.blocks - c.output_bytes - 1024
-    return min(room // stage_bytes(c), 16)
+    return min(room // stage_bytes(fmt, act, c), 16)
+
+
+def _x_group(act: Format) -> int:
+    return act.plane("scale").k or 0
+
+
+def _has_parts(fmt: Format, act: Format) -> bool:
+    """Whether sums leave the matrix units along the way."""
+    return kind(act) != "s8" or fmt.plane("scale").k is not None or _x_group(act) > 0
+
+
+def _unit(fmt: Format, act: Format) -> int:
+    """What widened codes leave undone, as a power of two."""
+    if not is_narrow(fmt):
+        return 0
+    return 9 if kind(act) != "s8" else 0 if fmt.has("zero_point") else -4
 
 
 @cache
-def constants(fmt: Format, c: Tiling) -> loader.Defines | str:
-    """The kernel's constants, or why there is no such instance."""
+def constants(fmt: Format, act: Format, c: Tiling) -> loader.Defines | str:
+    """The kernel's constants for a weight, an activation and an instance, or why there is none."""
     found = decode.constants(fmt, (16,))
     if isinstance(found, str):
         return found
-    integer = kind(fmt) == "s8"
-    # float8 adds a part of its own to the sums, for one tile of 64 rows at a time.
-    sums = c.row_tiles * c.tokens // 2 + (0 if integer else c.tokens // 2)
-    # Of a multiprocessor's quarter, which has a warp of every warpgroup and one that brings operands.
-    if sums + 32 > 512 // (c.warpgroups + 1) // c.blocks // 8 * 8:
+    defines, integer, narrow, parts = dict(found), kind(act) == "s8", is_narrow(fmt), _has_parts(fmt, act)
+    # Parts of one tile of 64 rows at a time lie beside the sums; scales and addresses beside both.
+    sums = c.row_tiles * c.tokens // 2 + (c.tokens // 2 if parts else 0)
+    rest = 24
+    if defines["SCALE_MODE"] != decode.PER_ROW:
+        halves = 1 if defines["SCALE_N"] % 16 == 0 else 2
+        rest += halves * c.row_tiles * (2 + 2 * max(1, DEPTH // defines["GROUP"]))
+    beside = (PRODUCER, WIDENER) if narrow else (PRODUCER,)
+    consumer = c.registers(*beside)
+    # The compiler does not give the registers of one product what setmaxnreg brings later.
+    if sums + rest > consumer or c.tokens // 2 + 32 > c.registers_at_launch(len(beside)):
         return "too many sums for the registers"
-    if stages(c) < 3:
+    if max(beside) > c.registers_at_launch(len(beside)):
+        return "a block begins with fewer registers than its other warpgroups need"
+    if stages(fmt, act, c) < 3:
         return "too few stages fit the shared memory"
-    defines = dict(found) | {
-        "AS_CODES": 1, "INTEGER": int(integer), "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "CONSUMERS": c.warpgroups,
-        "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "STAGES": stages(c),
+    defines |= {
+        "AS_CODES": 1, "CODES_UNIT": _unit(fmt, act), "S8": int(integer),
+        "INTEGER": int(integer and not parts), "X_GROUP": _x_group(act), "TOKENS": c.tokens, "ROW_TILES": c.row_tiles,
+        "CONSUMERS": c.warpgroups, "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "STAGES": stages(fmt, act, c),
+        "PRODUCER_REGS": PRODUCER, "WIDENER_REGS": WIDENER, "CONSUMER_REGS": consumer,
     }  # fmt: skip
     return tuple(sorted(defines.items()))
 
 
-def source(fmt: Format, c: Tiling, dtype: torch.dtype) -> loader.Source:
+def source(fmt: Format, act: Format, c: Tiling, dtype: torch.dtype) -> loader.Source:
     """What is compiled for an instance."""
-    defines, codes = constants(fmt, c), kind(fmt)
+    defines, codes = constants(fmt, act, c), kind(act)
     assert not isinstance(defines, str), defines
-    assert codes is not None, fmt
-    return loader.Source(
-        "scaled_mm.cu", (*defines, ("FP16", int(dtype == torch.float16))), instruction(c.tokens, codes)
-    )
+    assert codes is not None, act
+    fp16 = ("FP16", int(dtype == torch.float16))
+    return loader.Source("scaled_mm.cu", (*defines, fp16), instruction(c.tokens, codes))
 
 
 @cache
-def candidates(fmt: Format, m: int, k: int) -> tuple[Tiling, ...]:
-    """The instances that may be chosen: the smallest tile that holds the tokens and the next, in every way."""
-    sizes = [t for t in (8, 16, 32, 64, 128, 256) if t >= min(m, 128)][:2]
+def candidates(fmt: Format, act: Format, m: int, k: int) -> tuple[Tiling, ...]:
+    """The instances that may be chosen: the smallest tile that holds the tokens and the next, or large ones."""
+    many = (128, 160, 192) if _has_parts(fmt, act) else (128, 256)
+    sizes = many if m >= 128 else [t for t in (8, 16, 32, 64, 128) if t >= m][:2]
     ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
     return tuple(
-        c for t, row_tiles, groups, blocks, (cut, split) in product(sizes, (1, 2), (1, 2), (1, 2), ways)
-        if (split == 1 or (split * 8 <= t and split * DEPTH <= k))
-        and not isinstance(constants(fmt, c := Tiling(t, row_tiles, cut, blocks, groups, split)), str)
+        c for t, row_tiles, groups, blocks, (cut, split) in product(sizes, (1, 2), (1, 2, 3), (1, 2), ways)
+        # Outputs are written for 8, 16 or whole 32 tokens at a time.
+        if (split == 1 or ((t // split in (8, 16) or t % (32 * split) == 0) and split * DEPTH <= k))
+        and (groups < 3 or (row_tiles, blocks, split) == (1, 1, 1))
+        and not isinstance(constants(fmt, act, c := Tiling(t, row_tiles, cut, blocks, groups, split)), str)
     )  # fmt: skip
 
 
 @cache
-def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Tiling:
-    """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
-    integer, steps = kind(fmt) == "s8", -(-k // DEPTH)
+def config_for(fmt: Format, act: Format, m: int, n: int, k: int, sms: int) -> Tiling:
+    """The instance that a model of the time finds fastest; its constants fit measurements on an H200."""
+    parts, narrow, steps = _has_parts(fmt, act), is_narrow(fmt), -(-k // DEPTH)
+    stage_parts = max(1, DEPTH // (fmt.plane("scale").k or DEPTH))
+    # Instructions of a lane for each sum that leaves the matrix units.
+    per_sum = 1 + (kind(act) == "s8") + (0.75 if _x_group(act) else 0)
 
     def cycles(c: Tiling) -> float:
         """Of a multiprocessor."""
-        # A stage takes the time of its products, of bringing it, or what one block waits for where it is alone.
-        multiply = c.rows * c.tokens / 32
-        alone = max(multiply + 115, 700) if integer else multiply + 115 + 2 * c.row_tiles * c.tokens
-        stage = max(alone, c.blocks * max(multiply, (c.rows + c.tokens) * DEPTH / 42))
+        # Products keep the registers busy, so that instructions take their time beside that of the products.
+        multiply, widen = c.rows * c.tokens / 32, 7 * c.rows if narrow else 0
+        issue = c.row_tiles * stage_parts * ((c.tokens / 2 * per_sum if parts else 0) + 43)
+        # One warpgroup by itself: its products, and what it does before and after; or W that is widened for all.
+        alone = max(multiply / c.warpgroups + 94 * c.row_tiles * stage_parts + 1.95 * issue, widen)
+        if not parts:
+            alone = max(alone, 535)
+        brought = c.rows * DEPTH * fmt.element.bits / 8 + c.tokens * DEPTH
+        together = multiply + c.warpgroups * (issue + 47) + 0.3 * widen
+        stage = max(alone, c.blocks * together, c.blocks * brought / 30.5)
         waves, all_stages = c.tiles(m, n) * c.split / (sms * c.blocks), steps / c.split * stage
-        memory = n * k / sms / 12.5
+        memory = fmt.nbytes(n, k) / sms / 17.3
         if c.cut:
-            return max(memory, 1.08 * waves * all_stages) + 2800 + 0.5 * c.rows * c.tokens
-        exchange = 1400 + 0.2 * c.rows * c.tokens if c.split > 1 else 0
-        return max(memory, math.ceil(waves) * all_stages) + 600 * math.ceil(waves) + exchange
+            return max(memory, waves * all_stages) + 5300 + 0.55 * c.rows * c.tokens
+        exchange = 2000 + 0.32 * c.rows * c.tokens if c.split > 1 else 0
+        return max(memory, math.ceil(waves) * all_stages) + 2000 * math.ceil(waves) + exchange
 
-    return fastest(candidates(fmt, m, k), cycles, m, n, sms)
+    return fastest(candidates(fmt, act, m, k), cycles, m, n, sms)
+
+
+def _why_not_operands(fmt: Format, act: Format) -> str | None:
+    """Why codes of the two cannot be multiplied by this kernel."""
+    for side, f in (("activation", act), ("weight", fmt)):
+        if f.element.vector != 1 or f.element.bits not in ((8,) if f is act else (4, 8)) or f.has("codebook"):
+            return f"the {side} has no 8-bit codes" + (" or integers of 4 bits" if f is fmt else "")
+        if f.has("zero_point") and (f is act or not is_narrow(f)):
+            return f"the {side} has zero points"
+    if kind(act) is None:
+        return f"Hopper has no products of {act.element}"
+    if is_narrow(fmt) and (not isinstance(fmt.element, IntElement) or kind(act) == "e5m2"):
+        return f"{fmt.element} is not widened to {act.element}"
+    if not is_narrow(fmt) and fmt.element != act.element:
+        return "activation and weight have different elements"
+    if act.has("outer_scale") or act.scale_planes[0].n not in (None, 1) or act.scale_planes[0].k not in (None, DEPTH):
+        return f"the activation's scales are not per token, per tensor or per group of {DEPTH}"
+    group = fmt.plane("scale").k
+    if group is not None and (group % 32 or (DEPTH % group and group % DEPTH)):
+        return f"groups of {group} do not line up with the {DEPTH} codes of a stage"
+    return None
 
 
 def why_not(problem: Problem) -> str | None:
-    """The condition of the table of kernels, for formats of 8 bits whose scales do not change along K."""
-    fmt = problem.weight
-    if (reason := why_not_hopper(problem)) is not None:
+    """The condition of the table of kernels."""
+    if problem.activation is None:
+        return "the activation is not quantized"
+    fmt, act = problem.weight, problem.activation.format
+    if (reason := _why_not_operands(fmt, act) or why_not_hopper(problem)) is not None:
         return reason
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"written for bf16 and fp16, got {problem.dtype}"
-    if problem.k % 16:
+    if problem.k % (128 // fmt.element.bits):
         return f"rows of the weight start at multiples of 16 bytes, got K = {problem.k}"
-    if kind(fmt) is None:
-        return f"Hopper has no products of {fmt.element}"
+    # A product is at most 2**14.
+    if not _has_parts(fmt, act) and problem.k >= 1 << 17:
+        return f"its int32 sums can overflow from K = 131072, got {problem.k}"
     found = decode.constants(fmt, (16,))
     if isinstance(found, str):
         return found
-    if kind(fmt) != "s8" and problem.m > 128:
+    plain = kind(act) != "s8" and fmt.element == act.element and fmt.plane("scale").k is None and not _x_group(act)
+    if plain and problem.m > 128:
         # Measured on an H100 (docs/measured.md): sums of float8 in fp32 leave registers for small tiles only.
         return f"M = {problem.m} is above 128, where cuBLAS is faster"
     return loader.missing()
@@ -145,13 +216,18 @@ def why_not(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """The instance for a problem, on a GPU with as many multiprocessors as an H100."""
-    return str(config_for(problem.weight, problem.m, problem.n, problem.k, 132))
+    return str(_config(problem, 132))
 
 
 def sources(problem: Problem, sms: int) -> list[loader.Source]:
     """What is compiled for a problem on a GPU with `sms` multiprocessors."""
-    fmt = problem.weight
-    return [source(fmt, config_for(fmt, problem.m, problem.n, problem.k, sms), problem.dtype)]
+    assert problem.activation is not None
+    return [source(problem.weight, problem.activation.format, _config(problem, sms), problem.dtype)]
+
+
+def _config(problem: Problem, sms: int) -> Tiling:
+    assert problem.activation is not None
+    return config_for(problem.weight, problem.activation.format, problem.m, problem.n, problem.k, sms)
 
 
 def scaled_mm(
@@ -160,41 +236,51 @@ def scaled_mm(
     """The table's entry: activation to codes, codes times codes."""
     from lowbit.kernels.triton import act_quant  # late: not every installation of torch brings triton
 
-    assert problem.activation is not None
-    codes, row_scale = act_quant.codes(x, problem.activation, act_scale)
-    return launch(codes, planes, problem.weight, problem.n, problem.dtype, bias, row_scale)
+    act = problem.activation
+    assert act is not None
+    codes, scales = act_quant.codes(x, act, act_scale)
+    return launch(codes, planes, problem.weight, act.format, problem.n, problem.dtype, bias, scales)
 
 
 def launch(
     codes: Tensor,
     planes: Mapping[str, Tensor],
     fmt: Format,
+    act: Format,
     n: int,
     dtype: torch.dtype,
     bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
+    scales: Tensor | None = None,
     config: Tiling | None = None,
 ) -> Tensor:
-    """`y (M, N)` in bf16 or fp16 from codes `(M, K)` of the weight's element.
+    """`y (M, N)` in bf16 or fp16 from codes `(M, K)` of the activation's format.
 
     Args:
-        row_scale: fp32 `(M or 1, 1)`, multiplied into the result.
+        scales: fp32 `(M or 1, 1)`, multiplied into the result, or `(M, ceil(K / 128))`, each into its part of a sum.
         config: instead of the rule's choice.
     """
     m, k = codes.shape
     y = torch.empty(m, n, dtype=dtype, device=codes.device)
-    c = config or config_for(fmt, m, n, k, multiprocessors(codes.device))
-    plan = _plan(fmt, c, m, n, k, codes.device.index, dtype)
-    a, _keep = decode.arguments(codes, y, planes, fmt, bias, row_scale)
+    c = config or config_for(fmt, act, m, n, k, multiprocessors(codes.device))
+    plan = _plan(fmt, act, c, m, n, k, codes.device.index, dtype)
+    grouped = _x_group(act) > 0
+    a, _keep = decode.arguments(codes, y, planes, fmt, bias, None if grouped else scales)
+    x_scales = ctypes.c_void_p()
+    if grouped:
+        assert scales is not None, act
+        assert scales.shape == (m, -(-k // DEPTH)), (act, scales.shape)
+        _keep.append(scales.contiguous())
+        x_scales.value = _keep[-1].data_ptr()
     work = torch.empty(plan.shares.sums + plan.shares.flags, dtype=torch.uint8, device=codes.device)
     with on_device(codes):
         x_map = loader.tensor_map(a.x, m, k // 2, c.tokens)
-        w_map = loader.tensor_map(a.codes, n, k // 2, c.rows, a.stride)
+        w = (DEPTH // 2, False) if is_narrow(fmt) else (DEPTH, True)
+        w_map = loader.tensor_map(a.codes, n, k * fmt.element.bits // 16, c.rows, a.stride, *w)
         # W is read before the kernel ahead has ended. Outside of graphs, that kernel may be the one that made W.
         early = torch.cuda.is_current_stream_capturing()
         exchange, cut = plan.shares.exchange(work.data_ptr()), ctypes.c_int(int(c.cut))
-        threads = 128 * c.warpgroups + 64
-        plan.kernel(plan.shares.blocks, threads, a, x_map, w_map, exchange, cut, early=early, shared=plan.shared)
+        arguments = a, x_map, w_map, exchange, x_scales, cut
+        plan.kernel(plan.shares.blocks, plan.threads, *arguments, early=early, shared=plan.shared)
     return y
 
 
@@ -203,12 +289,13 @@ class Plan(NamedTuple):
 
     kernel: loader.CudaKernel
     shares: Shares
+    threads: int
     shared: int
 
 
 @cache
-def _plan(fmt: Format, c: Tiling, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
+def _plan(fmt: Format, act: Format, c: Tiling, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
     sms = multiprocessors(torch.device("cuda", device))
-    kernel = loader.load(source(fmt, c, dtype), "scaled_mm", device)
-    shared = stages(c) * stage_bytes(c) + c.output_bytes + 1024
-    return Plan(kernel, shares(c, m, n, -(-k // DEPTH), sms), shared)
+    kernel = loader.load(source(fmt, act, c, dtype), "scaled_mm", device)
+    shared = stages(fmt, act, c) * stage_bytes(fmt, act, c) + c.output_bytes + 1024
+    return Plan(kernel, shares(c, m, n, -(-k // DEPTH), sms), c.threads(2 if is_narrow(fmt) else 1), shared)

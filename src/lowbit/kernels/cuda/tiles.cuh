@@ -25,6 +25,7 @@ typedef float4 Sum4;
 constexpr int ROWS = 64 * ROW_TILES * CONSUMERS;
 constexpr int FINISHED = TOKENS / SPLIT;  // tokens of a tile whose outputs a block finishes
 constexpr int OUT_TOKENS = FINISHED < 32 ? FINISHED : 32;  // that a warp writes at a time, through shared memory:
+static_assert(FINISHED % OUT_TOKENS == 0, "a warp writes outputs of whole runs of tokens");
 constexpr int OUT_STRIDE = 48;                         // bytes of a token's 16 outputs there; 16 more for the banks
 
 // How the copy engine finds boxes of TOKENS x 64 activations (loader.tensor_map).

@@ -14,6 +14,8 @@ from lowbit.kernels.problem import Problem
 
 # What a block may use, less what lies beside the rings (barriers and tables).
 SHARED_PER_BLOCK = 216 << 10
+# Of a multiprocessor, each of 32 bits for one thread.
+REGISTERS = 65536
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Tiling:
         row_tiles: tiles of 64 rows of W per warpgroup, 1 or 2.
         cut: whether the last tiles are cut along K so that every block has the same share of the work.
         blocks: resident per multiprocessor, 1 or 2.
-        warpgroups: that multiply.
+        warpgroups: that multiply, 1 to 3.
         split: blocks that share the K of a tile: 1, 2, 4 or 8.
     """
 
@@ -44,6 +46,22 @@ class Tiling:
     def tiles(self, m: int, n: int) -> int:
         """That cover `y (M, N)`."""
         return -(-n // self.rows) * -(-m // self.tokens)
+
+    def threads(self, beside: int = 1) -> int:
+        """Of a block: the warpgroups that multiply, and those `beside` them."""
+        return 128 * (self.warpgroups + beside)
+
+    def registers_at_launch(self, beside: int = 1) -> int:
+        """Per thread, whole eights."""
+        return REGISTERS // self.blocks // self.threads(beside) // 8 * 8
+
+    def registers(self, *beside: int) -> int:
+        """Per thread of a warpgroup that multiplies, where those beside have these.
+
+        They share what the block starts with; asking for more would wait forever.
+        """
+        pool = self.registers_at_launch(len(beside)) * (self.warpgroups + len(beside))
+        return min(240, (pool - sum(beside)) // self.warpgroups // 8 * 8)
 
     @property
     def output_bytes(self) -> int:

@@ -34,10 +34,6 @@ class Config(Tiling):
 
     own_order: bool = False
 
-    @property
-    def threads(self) -> int:
-        return 128 * (1 + self.warpgroups)
-
     def __str__(self) -> str:
         return super().__str__() + ("" if self.own_order else " packed")
 
@@ -106,11 +102,9 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
         return "its codes need activations laid out for them"
     rings = stages(fmt, c)
     found = dict(defines)
-    # Registers per thread of the two kinds of warpgroup. They share what the block starts with, whole eights per
-    # thread; asking for more would wait forever.
-    pool = 65536 // c.blocks // c.threads // 8 * 8 * (1 + c.warpgroups)
+    # Per thread of the two kinds of warpgroup.
     producer = 56 if c.warpgroups == 2 else 40
-    consumer = min(240, (pool - producer) // c.warpgroups // 8 * 8)
+    consumer = c.registers(producer)
     # What the products need beside their sums, as the compiler's reports say.
     sums = c.row_tiles * c.tokens // 2
     scales = max(1, decode.chunk(fmt) * (2 if c.own_order else 1) // found["GROUP"])
@@ -261,7 +255,7 @@ def launch(
         # Weights are read before the kernel ahead has ended. Outside of graphs, that kernel is ours or none.
         early = capturing or not c.own_order
         cut = number(int(c.cut))
-        plan.kernel(plan.shares.blocks, c.threads, a, tensor_map, exchange, cut, early=early, shared=plan.shared)
+        plan.kernel(plan.shares.blocks, c.threads(), a, tensor_map, exchange, cut, early=early, shared=plan.shared)
     return y
 
 
