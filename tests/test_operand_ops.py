@@ -94,7 +94,12 @@ def test_what_a_layer_wants():
     assert wanted("int4:g32", "int8:row") == BF16
     assert wanted("int8:row", "") is None
     assert wanted("int8:row", "int8:tensor") is None, "the scale of the whole input comes first"
-    assert wanted("float8_e4m3:b128x128", "float8_e4m3:g128") is None, "scales stay beside the codes"
+    assert wanted("float8_e4m3:b128x128", "float8_e4m3:g128") is None, (
+        "no kernel multiplies levels with scales beside them"
+    )
+    for weight in ("float8_e4m3:b128x128", "int4:g128"):
+        assert wanted(weight, "float8_e4m3:g128", device="cuda", arch=(9, 0)) == torch.float8_e4m3fn
+    assert wanted("int4:g128", "int8:row", m=16, device="cuda", arch=(9, 0)) == torch.int8
     assert wanted("nvfp4", "nvfp4") is None
     assert wanted("int8:row", "int8:row", m=0) is None
     with use_kernel("reference"):

@@ -142,14 +142,17 @@ def operand_dtype(problem: Problem) -> torch.dtype | None:
     """What `linear_of_operand` wants for a problem: bf16 for levels, or the dtype of the activation's codes.
 
     None where a layer takes `x` alone: activations that are not quantized, that need a scale of the whole input first,
-    or have scales along K that stay beside the codes.
+    or have scales along K that a kernel of levels would multiply into them.
     """
     act = problem.activation
-    if act is None or act.grouped or problem.m == 0 or problem.n == 0:
+    if act is None or problem.m == 0 or problem.n == 0:
         return None
     if not act.static and any(p.n is None for p in act.format.scale_planes):
         return None
-    return {"": None, "levels": torch.bfloat16, "codes": act.format.planes[0].dtype}[select(problem).kernel.operand]
+    operand = select(problem).kernel.operand
+    if operand == "codes":
+        return act.format.planes[0].dtype
+    return torch.bfloat16 if operand == "levels" and not act.grouped else None
 
 
 def _linear_of_operand(
@@ -160,7 +163,7 @@ def _linear_of_operand(
 
     Args:
         operand: `(..., K)` in what `operand_dtype` says.
-        row_scale: fp32 `(M or 1, 1)`; the activation is `operand * row_scale`.
+        row_scale: fp32 `(M or 1, 1)`, or `(M, ceil(K / group))`; the activation is `operand * row_scale`.
     """
     fmt, lead = parse_format(spec), operand.shape[:-1]
     _check_sizes(operand, planes, bias, fmt, n, k)
@@ -168,12 +171,14 @@ def _linear_of_operand(
     if m == 0 or n == 0:
         return operand.new_empty(*lead, width, dtype=dtype)
     problem = Problem(m, n, k, spec, act, dtype, operand.device.type, arch_of(operand.device))
-    wanted = operand_dtype(problem)
-    if operand.dtype != wanted or row_scale.shape not in ((m, 1), (1, 1)):
+    wanted, activation = operand_dtype(problem), problem.activation
+    shapes = [(m, 1), (1, 1)] if activation is None else activation.row_scale_shapes(m, k)
+    if operand.dtype != wanted or row_scale.shape not in shapes:
+        takes = f"{wanted or 'no quantized activation'} and row scales {' or '.join(map(str, shapes))}"
         raise ValueError(
             f"lowbit.linear_of_operand ({spec}, activation {act or 'none'}): {select(problem).kernel.name} takes "
-            f"{wanted or 'no quantized activation'} and row scales ({m}, 1) or (1, 1), got {operand.dtype} and "
-            f"{tuple(row_scale.shape)}; ask operand_dtype, or call linear" + see("input-mismatch")
+            f"{takes}, got {operand.dtype} and {tuple(row_scale.shape)}; ask operand_dtype, or call linear"
+            + see("input-mismatch")
         )
     x = Operand(operand.reshape(m, k).contiguous(), row_scale)
     named = dict(zip(fmt.plane_names, planes, strict=True))

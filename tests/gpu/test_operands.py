@@ -114,7 +114,8 @@ def test_bad_inputs_do_not_become_numbers(name: str, spec: str, value: float) ->
 @pytest.mark.parametrize(
     ("weight", "spec"),
     [("float8_e4m3:row", "float8_e4m3:row"), ("int8:row", "int8:row"), ("int8:row", "int8:row:asym"),
-     ("int4:g32:asym", "int8:row"), ("mxfp4", "mxfp8_e4m3"), ("nvfp4", "nvfp4@static")],
+     ("int4:g32:asym", "int8:row"), ("mxfp4", "mxfp8_e4m3"), ("nvfp4", "nvfp4@static"),
+     ("float8_e4m3:b128x128", "float8_e4m3:g128"), ("int4:g128", "float8_e4m3:row")],
 )  # fmt: skip
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("m", [1, 8, 16, 100, 1025, 5000])
@@ -132,7 +133,9 @@ def test_a_layer_of_codes_is_the_layer(m: int, gated: bool, weight: str, spec: s
     assert torch.equal(got, plain)
 
 
-@pytest.mark.parametrize("spec", ["float8dq-row", "int8dq", "int8dq-asym", "mxfp8dq"])
+@pytest.mark.parametrize(
+    "spec", ["float8dq-row", "float8dq-block", "int8dq", "int8dq-asym", "int8dq-int4-32-sym", "mxfp8dq"]
+)
 def test_a_graph_with_codes_says_what_eager_steps_say(spec: str) -> None:
     """Started early, too; and the logits of layers that quantize for themselves, up to a code's neighbour."""
     model = random_model(shape_of("tiny"), parse_config(spec).scheme, "cuda").model

@@ -48,6 +48,11 @@ class Activation:
         """Whether scales vary along K and have to be applied inside the matmul."""
         return self.scale_tile[1] is not None and not isinstance(self.format, (MXFormat, NVFP4Format))
 
+    def row_scale_shapes(self, m: int, k: int) -> list[tuple[int, int]]:
+        """What the scales beside an operand `(M, K)` can be."""
+        group = self.scale_tile[1]
+        return [(m, -(-k // group))] if self.grouped and group else [(m, 1), (1, 1)]
+
     def params(self, x: Tensor, static_scale: Tensor | None = None) -> Planes:
         """The scale planes for `x (M, K)`; `static_scale` fp32 `(1, 1)` replaces the tensor-wide scale found from `x`.
 

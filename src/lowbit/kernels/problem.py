@@ -81,7 +81,7 @@ class Operand:
 
     Attributes:
         values: bf16 levels, or 8-bit codes; a kernel's entry in the table says which it multiplies.
-        row_scale: fp32 `(M or 1, 1)`, `x ~ values * row_scale`.
+        row_scale: fp32 `(M or 1, 1)`, `x ~ values * row_scale`; or `(M, ceil(K / group))`, each for its part of K.
     """
 
     values: Tensor
