@@ -86,9 +86,12 @@ def test_units():
     def unit(recipe, ceilings=CEILINGS):
         return unit_of(parse_scheme(recipe), ceilings)
 
-    assert [unit(r) for r in ("float8dq-row", "float8dq-block", "int8dq", "float8wo", "int8dq-int4-32", "mxfp8dq")] == [
-        "float8", "float8", "int8", "bf16", "bf16", "bf16"
-    ]  # fmt: skip
+    assert {r: unit(r) for r in ("float8dq-row", "float8dq-block", "int8dq", "float8wo", "int8dq-int4-32", "mxfp8dq",
+                                 "int8dq-int4-32-sym", "int4:g128+float8_e4m3:row", "nf4:g64+int8:row")} == {
+        "float8dq-row": "float8", "float8dq-block": "float8", "int8dq": "int8", "float8wo": "bf16",
+        "int8dq-int4-32": "bf16", "mxfp8dq": "bf16", "int8dq-int4-32-sym": "int8",
+        "int4:g128+float8_e4m3:row": "float8", "nf4:g64+int8:row": "bf16",
+    }  # fmt: skip
     assert unit("float8dq-row", dataclasses.replace(CEILINGS, peaks={"bf16": 1.0})) == "bf16"
 
 

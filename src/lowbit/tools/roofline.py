@@ -79,12 +79,17 @@ class Shape:
 
 
 def unit_of(scheme: Scheme, ceilings: Ceilings) -> str:
-    """The matrix units that can multiply a scheme's codes on this machine; bf16 holds every operand."""
+    """The matrix units that can multiply a scheme's codes on this machine; bf16 holds every operand.
+
+    Integers of 4 bits are whole numbers in int8, and in float8 too.
+    """
     weight, act = scheme
-    if act is None or act.format.element != weight.element or weight.has("codebook"):
+    if act is None or act.format.element.bits != 8 or act.format.has("zero_point") or weight.has("codebook"):
         return BF16
-    unit = {Float8Format: "float8", IntFormat: "int8"}.get(type(weight), BF16)
-    return unit if unit in ceilings.peaks and weight.element.bits == 8 else BF16
+    if act.format.element != weight.element and not (isinstance(weight, IntFormat) and weight.element.bits == 4):
+        return BF16
+    unit = {Float8Format: "float8", IntFormat: "int8"}.get(type(act.format), BF16)
+    return unit if unit in ceilings.peaks else BF16
 
 
 # The model ---------------------------------------------------------------------------------------
