@@ -30,6 +30,7 @@ class Case:
     """A layer of Llama-3.1-8B in one format for one number of tokens.
 
     Attributes:
+        spec: of the weight and, behind a `+`, of the activation.
         x: `(M, K)` bf16.
         weights: as many copies as exceed the cache.
         bf16_us, floor_us: the times of the float layer, and of reading the packed weight.
@@ -38,6 +39,7 @@ class Case:
     layer: str
     spec: str
     format: Format
+    act: Format | None
     x: Tensor
     weights: list[QuantizedTensor]
     bf16_us: float
@@ -76,7 +78,8 @@ def cases(args: argparse.Namespace, device: str = "cuda") -> Iterator[Case]:
     """Every layer, format and number of tokens; says what is left out when the time is spent."""
     started = time.monotonic()
     for layer, spec in product(args.layers.split(","), args.formats.split(",")):
-        (n, k), fmt = LAYERS[layer], parse_format(spec)
+        weight, _, act = spec.partition("+")
+        (n, k), fmt = LAYERS[layer], parse_format(weight)
         dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) * 0.02 for _ in range(copies_for(2 * n * k))]
         size = fmt.nbytes(n, k)
         first = QuantizedTensor.from_float(dense[0], fmt)
@@ -87,7 +90,8 @@ def cases(args: argparse.Namespace, device: str = "cuda") -> Iterator[Case]:
                 print(f"out of time: {layer} {spec} M = {m} and what follows are left out")
                 break
             x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-            yield Case(layer, spec, fmt, x, weights, median_us([partial(F.linear, x, w) for w in dense]), floor)
+            bf16 = median_us([partial(F.linear, x, w) for w in dense])
+            yield Case(layer, spec, fmt, parse_format(act) if act else None, x, weights, bf16, floor)
 
 
 def write(out: Path | None, rows: list[dict[str, Any]]) -> None:

@@ -29,8 +29,11 @@ KERNELS = {
     "cuda_small_m": (1, 7), "cuda_wgmma": (65, 130), "cuda_scaled_mm": (5, 70, 128), "triton_weight_only": (5,),
     "triton_chunked": (300,),
 }  # fmt: skip
-# Multiplied by activations of the same format.
-CODES = ("int8:row", "float8_e4m3:row")
+# Multiplied by 8-bit codes, of these formats.
+CODES = {
+    "int8:row": "int8:row", "float8_e4m3:row": "float8_e4m3:row", "int4:g128": "float8_e4m3:row",
+    "int4:g32": "int8:row", "int4:g64:asym": "float8_e4m3:row", "float8_e4m3:b128x128": "float8_e4m3:g128",
+}  # fmt: skip
 SHAPES = ((100, 1152), (386, 640))
 
 
@@ -47,7 +50,7 @@ def main() -> int:
             break
         if kernel == "cuda_scaled_mm" and spec not in CODES:
             continue
-        act = parse_activation(spec) if kernel == "cuda_scaled_mm" else None
+        act = parse_activation(CODES[spec]) if kernel == "cuda_scaled_mm" else None
         generator = torch.Generator().manual_seed(n)
         w = QuantizedTensor.from_float(torch.randn(n, k, generator=generator).bfloat16(), parse_format(spec), act)
         dense, on_gpu = w.dequantize(torch.float64), w.to("cuda")

@@ -1,7 +1,7 @@
 """Times instances of the kernels for Hopper's matrix units at layers of Llama-3.1-8B; prints the fastest beside bf16.
 
     python benchmarks/tune_tiles.py --out benchmarks/results/NAME.json
-    python benchmarks/tune_tiles.py --kernel cuda_scaled_mm --formats int8:row,float8_e4m3:row --out ...
+    python benchmarks/tune_tiles.py --kernel cuda_scaled_mm --formats int8:row+int8:row,int4:g128+int8:row --out ...
 
 Weights rotate through more than the L2 cache, one CUDA graph per variant, medians. The constants of the models in
 `wgmma.config_for` and `scaled_mm.config_for` were fitted to such runs. `cuda_scaled_mm` multiplies random codes, next
@@ -46,26 +46,39 @@ def variants(kernel: str, case: Case) -> tuple[Tiling, list[Tiling]]:
         chosen: Tiling = wgmma.config_for(case.format, case.m, n, k, sms)
         candidates: Sequence[Tiling] = wgmma.candidates(case.format, case.m, k)
     else:
-        chosen = scaled_mm.config_for(case.format, case.m, n, k, sms)
-        candidates = scaled_mm.candidates(case.format, case.m, k)
+        assert case.act is not None, "an activation is missing, as in int8:row+int8:row"
+        chosen = scaled_mm.config_for(case.format, case.act, case.m, n, k, sms)
+        candidates = scaled_mm.candidates(case.format, case.act, case.m, k)
     return chosen, list(dict.fromkeys([chosen, *worth_a_try(candidates, case.m, n)]))
 
 
 def source_of(case: Case, tiling: Tiling) -> Source:
     if isinstance(tiling, wgmma.Config):
         return wgmma.source(case.format, tiling, torch.bfloat16)
-    return scaled_mm.source(case.format, tiling, torch.bfloat16)
+    assert case.act is not None
+    return scaled_mm.source(case.format, case.act, tiling, torch.bfloat16)
 
 
-def run_of(case: Case, tiling: Tiling, row_scale: Tensor) -> Run:
+def run_of(case: Case, tiling: Tiling, scales: Tensor) -> Run:
     n = case.weights[0].out_features
     if isinstance(tiling, wgmma.Config):
         return lambda x, w: wgmma.launch(x, w.planes, case.format, n, config=tiling)
-    return lambda x, w: scaled_mm.launch(x, w.planes, case.format, n, torch.bfloat16, None, row_scale, tiling)
+    act = case.act
+    assert act is not None
+    return lambda x, w: scaled_mm.launch(x, w.planes, case.format, act, n, torch.bfloat16, None, scales, tiling)
+
+
+def scales_of(case: Case) -> Tensor:
+    """Of the activations: one per token, or per token and group of K."""
+    group = None if case.act is None else case.act.plane("scale").k
+    return torch.ones(case.m, -(-case.x.shape[1] // group) if group else 1, device="cuda")
 
 
 def others(case: Case, row_scale: Tensor) -> dict[str, Run]:
-    """What multiplies codes elsewhere."""
+    """What multiplies these operands elsewhere: codes, or the activation's levels in bf16."""
+    if case.format != case.act:
+        (n, _), levels = case.weights[0].shape, case.x.bfloat16()
+        return {"cuda_wgmma": lambda _, w: wgmma.launch(levels, w.planes, case.format, n)}
     scale = case.weights[0].planes["scale"].float()
     found: dict[str, Run] = {
         "triton_scaled_mm": lambda x, w: triton_scaled_mm.matmul(
@@ -94,11 +107,11 @@ def main() -> int:
     for case in cases(args):
         chosen, tilings = variants(args.kernel, case)
         loader.compile_ahead([source_of(case, tiling) for tiling in tilings], (9, 0))
-        row_scale, beside = torch.ones(case.m, 1, device="cuda"), {}
-        if args.kernel == "cuda_scaled_mm":
-            case = replace(case, x=codes_like(case.x, case.format.planes[0].dtype))
-            beside = others(case, row_scale)
-        times = {str(t): median(case, run_of(case, t, row_scale)) for t in tilings}
+        scales, beside = scales_of(case), {}
+        if case.act is not None:
+            case = replace(case, x=codes_like(case.x, case.act.planes[0].dtype))
+            beside = others(case, scales)
+        times = {str(t): median(case, run_of(case, t, scales)) for t in tilings}
         best, us = min(times, key=lambda t: times[t]), times[str(chosen)]
         found = {name: median(case, run) for name, run in beside.items()}
         rows.append(
