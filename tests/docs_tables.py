@@ -171,16 +171,51 @@ def peer_rows() -> list[Cells]:
     ]  # fmt: skip
 
 
-def codes_rows() -> list[Cells]:
+def codes_rows(gpu: str) -> list[Cells]:
     """Of `lowbit bench linear` with quantized activations: microseconds with their quantization, over bf16."""
-    _, result = newest("h100_*_linear_codes.json")
-    rows: dict[tuple[str, str], list[str]] = {}
-    bf16 = {(r["layer"], r["weight"], r["m"]): r["us"] for r in result["records"] if r["provider"] == "bf16"}
+    _, result = newest(f"{gpu}_*_linear_codes.json")
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for r in result["records"]:
         if r["provider"] == "lowbit":
-            speedup = bf16[r["layer"], r["weight"], r["m"]] / r["us"]
-            rows.setdefault((r["weight"], r["layer"]), []).append(f"{r['us']:.1f} ({speedup:.2f})")
-    return [(f"`{weight}`", layer, *cells) for (weight, layer), cells in rows.items()]
+            rows.setdefault((r["weight"], r["act"], r["layer"]), []).append(f"{r['us']:.1f} ({r['speedup']:.2f})")
+    return [
+        (f"`{weight}`" if weight == act else f"`{weight}`, `{act}`", layer, *cells)
+        for (weight, act, layer), cells in rows.items()
+    ]
+
+
+def h200_layer_rows() -> list[Cells]:
+    """Of `lowbit bench linear` in two runs: microseconds of weight-only layers, over bf16."""
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for kind in ("linear", "linear_layers"):
+        for r in newest(f"h200_*_{kind}.json")[1]["records"]:
+            if r["provider"] == "lowbit" and r["m"] in (1, 16, 128, 512, 2048):
+                rows.setdefault((r["weight"], r["layer"]), {})[r["m"]] = f"{r['us']:.1f} ({r['speedup']:.2f})"
+    return [(f"`{weight}`", layer, *cells.values()) for (weight, layer), cells in rows.items() if len(cells) == 5]
+
+
+def h200_batches_rows() -> list[Cells]:
+    """Of `lowbit bench generate`: tokens per second of all sequences, and speed-up over bf16."""
+    found: dict[str, dict[int, str]] = {}
+    for r in newest("h200_*_generate_batches.json")[1]["records"]:
+        found.setdefault(r["config"], {})[r["batch"]] = f"{r['tokens_per_second']:.0f} ({r['speedup']:.2f})"
+    return [(f"`{config}`", *(cells.get(b, "") for b in (1, 16, 64, 128))) for config, cells in found.items()]
+
+
+def h200_tuned_rows() -> list[Cells]:
+    """Of `tune_tiles.py --kernel cuda_scaled_mm`: the fastest instance beside what runs in its place otherwise."""
+    rows = []
+    for kind in ("tune_scaled_mm", "tune_scaled_mm_8bit"):
+        for r in newest(f"h200_*_{kind}.json")[1]["rows"]:
+            if r["m"] not in (16, 128, 2048):
+                continue
+            other = min(r["others"], key=lambda name: r["others"][name])
+            weight, _, act = r["format"].partition("+")
+            rows.append((
+                f"`{weight}`, `{act}`", r["layer"], str(r["m"]), f"{r['bf16_us']:.1f}", f"{r['best_us']:.1f}",
+                f"`{tile(r['best'])}`", f"{r['others'][other]:.1f} (`{other}`)",
+            ))  # fmt: skip
+    return rows
 
 
 def scaled_rows() -> list[Cells]:
@@ -541,7 +576,21 @@ TABLES = {
     "codes": Table(
         "docs/measured.md",
         ("weight and activation", "layer", "M = 1", "16", "64", "128", "512", "1024", "4096"),
-        codes_rows,
+        lambda: codes_rows("h100"),
+    ),
+    "h200 layers": Table(
+        "docs/measured.md", ("weight", "layer", "M = 1", "16", "128", "512", "2048"), h200_layer_rows
+    ),
+    "h200 codes": Table(
+        "docs/measured.md",
+        ("weight and activation", "layer", "M = 1", "16", "128", "512", "2048"),
+        lambda: codes_rows("h200"),
+    ),
+    "h200 batches": Table("docs/measured.md", ("config", "1 sequence", "16", "64", "128"), h200_batches_rows),
+    "h200 tuned": Table(
+        "docs/measured.md",
+        ("weight and activation", "layer", "M", "bf16, us", "cuda_scaled_mm", "tile", "otherwise"),
+        h200_tuned_rows,
     ),
     "scaled": Table(
         "docs/measured.md",
