@@ -578,9 +578,7 @@ TABLES = {
         ("weight and activation", "layer", "M = 1", "16", "64", "128", "512", "1024", "4096"),
         lambda: codes_rows("h100"),
     ),
-    "h200 layers": Table(
-        "docs/measured.md", ("weight", "layer", "M = 1", "16", "128", "512", "2048"), h200_layer_rows
-    ),
+    "h200 layers": Table("docs/measured.md", ("weight", "layer", "M = 1", "16", "128", "512", "2048"), h200_layer_rows),
     "h200 codes": Table(
         "docs/measured.md",
         ("weight and activation", "layer", "M = 1", "16", "128", "512", "2048"),

@@ -426,18 +426,70 @@ static void to_bf16(const float *restrict in, uint16_t *restrict out, int64_t co
     }
 }
 
+#ifdef __AVX512F__
+/* `decode_row` and `to_bf16` with levels in registers. */
+static inline __attribute__((always_inline)) void fused_bf16(enum fused kind, const struct weight *w, int64_t row, float *scratch,
+                                                             uint16_t *restrict out) {
+    float *level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns;
+    const uint8_t *p[2] = {w->codes[0] + row * w->stride[0], w->planes > 1 ? w->codes[1] + row * w->stride[1] : 0};
+    table16 t = load_table16(kind != SIGNED_BYTES && kind != FLOAT_BYTES ? w->levels : scratch);
+    __m512 factor = _mm512_set1_ps(w->float_scale);
+    __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    __m128i shift = _mm_cvtsi64_si128(w->float_shift);
+    int64_t group = group_of(w), whole = w->k / 16 * 16;
+    if (whole < w->k) row_levels(w, row, level);
+    row_scales(w, row, scale, zero);
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
+        int64_t i = a, b = least(a + group, w->k), end = least(b, whole);
+        __m512 s = _mm512_set1_ps(scale[c]), z = _mm512_set1_ps(zero[c]);
+        for (; i < end; i += 16) {
+            __m512 v = sixteen_levels(kind, p, i, t, shift);
+            if (kind == FLOAT_BYTES) v = _mm512_mul_ps(v, factor);
+            __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_sub_ps(v, z), s));
+            __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+            bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(half, odd)), 16);
+            _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtepi32_epi16(bits));
+        }
+        for (; i < b; i++) level[i] = (level[i] - zero[c]) * scale[c];
+    }
+    to_bf16(level + whole, out + whole, w->k - whole);
+}
+#endif
+
+/* One row of weights to `out`. */
+static void bf16_row(enum fused kind, const struct weight *w, int64_t row, float *scratch, uint16_t *out) {
+#ifdef __AVX512F__
+    switch (kind) {
+    case BITS_1: fused_bf16(BITS_1, w, row, scratch, out); return;
+    case BITS_2: fused_bf16(BITS_2, w, row, scratch, out); return;
+    case BITS_3: fused_bf16(BITS_3, w, row, scratch, out); return;
+    case BITS_4: fused_bf16(BITS_4, w, row, scratch, out); return;
+    case SIGNED_BYTES: fused_bf16(SIGNED_BYTES, w, row, scratch, out); return;
+    case FLOAT_BYTES: fused_bf16(FLOAT_BYTES, w, row, scratch, out); return;
+    default: break;
+    }
+#endif
+    (void)kind;
+    decode_row(w, row, scratch);
+    to_bf16(scratch, out, w->k);
+}
+
 /* Rows [start, stop) of the weight to `out`, whose rows are k apart, in bf16 or fp32. */
 void lowbit_dequantize(const struct weight *w, int64_t start, int64_t stop, void *out, int64_t bf16, float *scratch,
                        int64_t size, int64_t threads) {
     int64_t step = (stop - start + threads - 1) / threads;
+    enum fused kind = fused_kind(w);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t t = 0; t < threads; t++) {
         float *mine = scratch + t * size;
         for (int64_t row = start + t * step; row < least(start + (t + 1) * step, stop); row++) {
-            decode_row(w, row, mine);
             int64_t at = (row - start) * w->k;
-            if (bf16) to_bf16(mine, (uint16_t *)out + at, w->k);
-            else memcpy((float *)out + at, mine, (size_t)w->k * 4);
+            if (bf16) {
+                bf16_row(kind, w, row, mine, (uint16_t *)out + at);
+                continue;
+            }
+            decode_row(w, row, mine);
+            memcpy((float *)out + at, mine, (size_t)w->k * 4);
         }
     }
 }

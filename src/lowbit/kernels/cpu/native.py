@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -117,8 +118,13 @@ def native(
     """
     library = _library()
     assert isinstance(library, ctypes.CDLL)
-    fast = quantize_rows(x, problem.act) if isinstance(x, Tensor) else None
-    operand, row_scale = fast or split_input(x, problem.activation, act_scale)
+    operand: Tensor
+    row_scale: Tensor | None
+    if problem.activation is None and isinstance(x, Tensor):
+        operand, row_scale = x, None
+    else:
+        fast = quantize_rows(x, problem.act) if isinstance(x, Tensor) else None
+        operand, row_scale = fast or split_input(x, problem.activation, act_scale)
     (m, k), n, threads = x.shape, problem.n, torch.get_num_threads()
     # Not for quantized activations: their row scale is still to come, and the product would be rounded twice.
     few, plain = m <= MAX_FUSED_TOKENS, problem.activation is None
@@ -132,8 +138,10 @@ def native(
     if few:
         library.lowbit_linear(ctypes.byref(weight), m, operand.data_ptr(), y.data_ptr(), *pool)
     else:
-        for start, stop in problem.weight.row_blocks(n, k, BLOCK_ELEMENTS):
-            w = torch.empty(stop - start, k, dtype=dtype)
+        blocks = list(problem.weight.row_blocks(n, k, BLOCK_ELEMENTS))
+        room = _workspace(max(stop - start for start, stop in blocks) * k * dtype.itemsize).view(dtype)
+        for start, stop in blocks:
+            w = room[: (stop - start) * k].view(stop - start, k)
             library.lowbit_dequantize(ctypes.byref(weight), start, stop, w.data_ptr(), int(bf16), *pool)
             torch.mm(operand, w.T, out=y[:, start:stop])
     del keep
@@ -142,6 +150,21 @@ def native(
     if bias is not None:
         y = y + bias
     return y.to(problem.dtype)
+
+
+_kept = threading.local()
+
+
+def _workspace(nbytes: int) -> Tensor:
+    """At least so many bytes, uint8, that hold anything: this thread's own, which stay allocated.
+
+    In new memory, a block of weights would cost as many page faults as it has pages.
+    """
+    found: Tensor | None = getattr(_kept, "block", None)
+    if found is None or found.numel() < nbytes:
+        with torch.inference_mode(False):
+            found = _kept.block = torch.empty(-(-nbytes // 64) * 64, dtype=torch.uint8)
+    return found
 
 
 # `enum operand` of native.c and the magnitude that a row's largest gets, for activations that it quantizes.
