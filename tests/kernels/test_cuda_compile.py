@@ -159,6 +159,16 @@ def test_codes_times_codes(spec: str, act: str, sizes: tuple[int, ...], tile: Ti
         assert_in_registers(code, product)
 
 
+def test_blocks_finish_whole_runs_of_tokens() -> None:
+    """Outputs are written for 8, 16 or 32 tokens at a time, and nothing is left over."""
+    for spec, act, _ in CODES:
+        for m in (1, 16, 40, 100, 300):
+            for c in scaled_mm.candidates(parse_format(spec), parse_format(act), m, 14336):
+                finished = c.tokens // c.split
+                assert c.tokens % c.split == 0
+                assert finished in (8, 16) or finished % 32 == 0, c
+
+
 def test_every_number_of_tokens_has_an_instance_for_codes() -> None:
     for spec, act, _ in CODES:
         fmt, act_fmt = parse_format(spec), parse_format(act)
