@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each_format, quantized, sqnr_db
+from cases import each_format, quantized, sqnr_db, weights
 
 from lowbit import QuantizedTensor, use_kernel
 from lowbit.formats import Format, parse_format
@@ -233,3 +233,20 @@ def test_torchs_default_dtype_changes_nothing(fmt: Format) -> None:
     assert all(map(torch.equal, got, expected))
     assert rows is not None
     assert rows[0].dtype == rows[1].dtype == torch.float32
+
+
+@needs_compiler
+def test_a_codebook_that_changes_is_read_again() -> None:
+    fmt, n, k = parse_format("codebook4:g64"), 64, 128
+    w = QuantizedTensor.from_float(weights("normal", n, k), fmt)
+    x = torch.randn(1, k, generator=torch.Generator().manual_seed(0))
+    with use_kernel("cpu_native"):
+        first = F.linear(x, w)
+        w.planes["codebook"].mul_(2)
+        assert torch.equal(F.linear(x, w), 2 * first)
+    with torch.inference_mode():
+        unversioned = w.with_planes({name: t.clone() for name, t in w.planes.items()})
+        with use_kernel("cpu_native"):
+            assert torch.equal(F.linear(x, unversioned), 2 * first)
+            unversioned.planes["codebook"].mul_(0.5)
+            assert torch.equal(F.linear(x, unversioned), first)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.cache import cache_dir
 from lowbit.formats.base import Format
@@ -214,7 +215,7 @@ def _describe(fmt: Format, planes: Mapping[str, Tensor], n: int, k: int) -> tupl
         w.stride[i] = keep[-1].shape[1]
     w.by_byte = int(len(fmt.code_planes) == 1)
     if not _converted(fmt.element):
-        levels, table = _tables(fmt.element, planes["codebook"]) if "codebook" in planes else _fixed(fmt.element)
+        levels, table = _learned(fmt.element, planes["codebook"]) if "codebook" in planes else _fixed(fmt.element)
         w.levels, w.table = address(levels), address(table)
     if isinstance(fmt.element, FloatElement) and fmt.element.bits == 8:
         w.float_shift, w.float_scale = 10 - fmt.element.mantissa_bits, 2.0 ** (15 - fmt.element.bias)
@@ -248,6 +249,21 @@ def _converted(element: Element) -> bool:
 def _fixed(element: Element) -> tuple[Tensor, Tensor]:
     """`_tables` of an element without a codebook."""
     return _tables(element, element.decode(torch.arange(1 << element.bits, dtype=torch.uint8).unsqueeze(1), {}))
+
+
+# Of codebooks, as long as they live, with the element and the version of their values.
+_remembered = WeakTensorKeyDictionary()
+
+
+def _learned(element: Element, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """`_tables` of a codebook, made anew where its values have changed; making them takes as long as a small layer."""
+    if codebook.is_inference():  # nobody counts its versions
+        return _tables(element, codebook)
+    key, found = (element, codebook._version), _remembered.get(codebook)
+    if found is None or found[0] != key:
+        found = _remembered[codebook] = (key, _tables(element, codebook))
+    tables: tuple[Tensor, Tensor] = found[1]
+    return tables
 
 
 def _tables(element: Element, levels: Tensor) -> tuple[Tensor, Tensor]:
