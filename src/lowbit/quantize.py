@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.align import aligned
+from lowbit.algorithms.lowrank import low_rank
 from lowbit.calibrate import KEEPS_NOTHING, Keeper, Moments, Statistics, run_blocks, static_scale
 from lowbit.configs import Config, Scheme
 from lowbit.errors import see
@@ -28,8 +29,9 @@ from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
 from lowbit.journal import Journal
+from lowbit.linear import nbytes_beside, put_beside_, why_nothing_beside
 from lowbit.original import quantizing
-from lowbit.recipe import Recipes, recipes_of, round_weight
+from lowbit.recipe import LOWRANK, Recipe, Recipes, recipes_of, round_weight
 from lowbit.report import LayerReport, Report
 from lowbit.resume import JournalKeeper
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
@@ -71,12 +73,12 @@ def quantize_(
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
             Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
-            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"` (docs/algorithms.md). A mapping of exact
-            names, `re:` patterns and `_default` gives layers their own, as autoquant chooses them; of steps, they may
-            differ in `"awq"`.
-        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them. The
-            model must consist of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on
-            the model's device.
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"`; behind it, `"lowrank-8"` gives each layer a
+            term of rank 8 beside its weight (docs/algorithms.md). A mapping of exact names, `re:` patterns and
+            `_default` gives layers their own, as autoquant chooses them; of steps, they may differ in `"awq"`.
+        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them; with
+            `"lowrank"`, what mends outputs instead of weights. The model must consist of repeated blocks (an
+            `nn.ModuleList`), which are gone through one after the other on the model's device.
         on_nonfinite: `"error"` names the layer and how many values are NaN or Inf; `"zero"` replaces them by 0.
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
@@ -112,51 +114,49 @@ def quantize_(
     if on_nonfinite != "zero":
         _refuse_nonfinite(work)
     _refuse_stale_scales(work, recipes)
+    looks = batches is not None and recipes.takes_batches
     graph = decoder_graph(model) if recipes.steps else None
     if graph is not None:
         _refuse_halved_inputs(graph, recipes)
 
-    done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
+    done: dict[tuple[int, Scheme, int], tuple[nn.Parameter, Beside, str]] = {}
     finished, total = 0, len(work)
 
-    def convert(
-        item: Work, moments: Moments | None = None, kept: tuple[QuantizedTensor, LayerReport] | None = None
-    ) -> None:
+    def convert(item: Work, moments: Moments | None = None, kept: Made | None = None) -> None:
         nonlocal finished
         if progress is not None:
             progress(finished, total, item.name)
         finished += 1
         weight: nn.Parameter = item.module.weight  # type: ignore[assignment]
         recipe = recipes.by_layer[item.name]
-        if not recipe.needs_batches:
+        if not recipe.takes_batches:
             moments = None
-        key = (id(weight), item.scheme)
+        key = (id(weight), item.scheme, recipe.rank)
         if key in done:
-            parameter, first = done[key]
+            parameter, beside, first = done[key]
             report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
-            if kept is not None:
-                quantized, layer = kept
-            else:
-                zero = on_nonfinite == "zero"
-                quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, recipe.rounding, moments)
-                layer = _quantized(item, weight, quantized.nbytes_packed, sqnr)
+            if kept is None:
+                kept = _quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments)
                 if recipe.rounding == "gptq" and moments is None:
-                    layer = replace(layer, note="no inputs seen: scales searched, rounded to nearest")
-            report.layers.append(layer)
-            parameter = nn.Parameter(quantized, requires_grad=False)
+                    row = replace(kept.row, note="no inputs seen: scales searched, rounded to nearest")
+                    kept = kept._replace(row=row)
+            report.layers.append(kept.row)
+            parameter, beside = nn.Parameter(kept.weight, requires_grad=False), kept.beside
             # Only while another module still holds the float weight can its id come up again.
             if sum(m.weight is weight for m in model.modules() if hasattr(m, "weight")) > 1:
-                done[key] = (parameter, item.name)
+                done[key] = (parameter, beside, item.name)
         item.module.weight = parameter
+        if beside:
+            put_beside_(item.module, beside)
 
-    if device is not None and (graph is not None or recipes.needs_batches):
+    if device is not None and (graph is not None or looks):
         model.to(device)
     if graph is not None and "rotation" in recipes.steps:
         rotate_(model, graph)
     # A rotated model computes the same, so this is what is put back.
     with quantizing(model, _keeps(restore, device, work), report):
-        if recipes.needs_batches:
+        if looks:
             waiting = {item.name: item for item in work}
 
             def visit(moments: dict[str, Moments]) -> None:
@@ -165,10 +165,11 @@ def quantize_(
                     if bool(moments[name].amax.any()):
                         convert(waiting.pop(name), moments[name])
 
-            def put(row: LayerReport, planes: Planes, act_scale: Tensor | None) -> None:
+            def put(row: LayerReport, planes: Planes, act_scale: Tensor | None, beside: Beside) -> None:
                 item = waiting.pop(row.name)
                 weight, (fmt, act) = item.module.weight, item.scheme
-                convert(item, kept=(QuantizedTensor(planes, fmt, weight.shape, weight.dtype, act, act_scale), row))  # type: ignore[arg-type]
+                quantized = QuantizedTensor(planes, fmt, weight.shape, weight.dtype, act, act_scale)  # type: ignore[arg-type]
+                convert(item, kept=Made(quantized, beside, row))
 
             keeper, scales = KEEPS_NOTHING, Scales()
             if journal is not None:
@@ -234,23 +235,38 @@ def _checked_recipes(
     journal: bool,
 ) -> Recipes:  # fmt: skip
     recipes = recipes_of(algorithm, [item.name for item in work])
-    if journal and not recipes.needs_batches:
+    if journal and batches is None:
         raise ValueError(
             f"quantize_: a journal keeps blocks, and algorithm {algorithm!r} goes by layers; leave journal=... out, or "
             "choose one with 'gptq', 'awq', 'smoothquant' or 'align'" + see("bad-option")
         )
-    if work and recipes.needs_batches != (batches is not None):
+    if work and (recipes.needs_batches if batches is None else not recipes.takes_batches):
         raise ValueError(
             f"quantize_: algorithm {algorithm!r} "
-            + ("needs batches=..., typical inputs of the model" if recipes.needs_batches else "takes no batches")
-            + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant' and 'align'" + see("bad-option")
+            + ("needs batches=..., typical inputs of the model" if batches is None else "takes no batches")
+            + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant', 'align' and 'lowrank'" + see("bad-option")
         )  # fmt: skip
     if recipes.steps and on_nonfinite == "zero":
         raise ValueError(
             f"quantize_: on_nonfinite='zero' repairs weights one by one, {algorithm!r} mixes them before; repair the "
             "model first" + see("bad-option")
         )
+    for item in work:
+        _check_rank(item, recipes.by_layer[item.name].rank)
     return recipes
+
+
+def _check_rank(item: Work, rank: int) -> None:
+    reason = why_nothing_beside(item.module) if rank else None
+    if rank and reason is None:
+        n, k = item.module.weight.shape  # type: ignore[misc, union-attr]
+        if rank > min(n, k):
+            reason = f"the rank of a weight ({n}, {k}) is at most {min(n, k)}"
+    if reason is not None:
+        raise ValueError(
+            f"quantize_: {item.name} cannot have a low-rank term of rank {rank}: {reason}. Give it an algorithm of its "
+            f"own, without {LOWRANK} (algorithm={{{item.name!r}: ...}})" + see("layer-not-quantizable")
+        )
 
 
 def _refuse_stale_scales(work: list[Work], recipes: Recipes) -> None:
@@ -290,6 +306,18 @@ class Work(NamedTuple):
     act_scale: float | None
 
 
+#: What lies beside a weight, by name (linear.py).
+Beside = dict[str, Tensor]
+
+
+class Made(NamedTuple):
+    """What became of one layer."""
+
+    weight: QuantizedTensor
+    beside: Beside
+    row: LayerReport
+
+
 # One layer ---------------------------------------------------------------------------------------
 
 
@@ -306,9 +334,9 @@ def quantize_layer_(
     item = Work(name, module, config.scheme, _static_scale(name, config, None))
     _refuse_nonfinite([item])
     weight: Tensor = module.weight  # type: ignore[assignment]
-    quantized, sqnr = _quantize_weight(weight, item, None, False, True, rounding, moments)
-    module.weight = nn.Parameter(quantized, requires_grad=False)
-    return _quantized(item, weight, quantized.nbytes_packed, sqnr)
+    made = _quantize_weight(weight, item, None, False, True, Recipe((), rounding), moments)
+    module.weight = nn.Parameter(made.weight, requires_grad=False)
+    return made.row
 
 
 def _refuse_nonfinite(work: list[Work]) -> None:
@@ -327,31 +355,43 @@ def _refuse_nonfinite(work: list[Work]) -> None:
 
 
 def _quantize_weight(
-    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, rounding: str,
+    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, recipe: Recipe,
     moments: Moments | None,
-) -> tuple[QuantizedTensor, float | None]:  # fmt: skip
+) -> Made:  # fmt: skip
     w = weight.detach() if device is None else weight.detach().to(device)
     if zero_nonfinite:
         w = w.nan_to_num(0.0, 0.0, 0.0)
     act_scale = None
     if item.act_scale is not None:
         act_scale = torch.full((1, 1), item.act_scale, dtype=torch.float32, device=w.device)
-    flat = w.reshape(w.shape[0], -1)
+    flat, fmt, beside = w.reshape(w.shape[0], -1), item.scheme.weight, Beside()
     if moments is not None and moments.drift is not None:
         flat = aligned(flat, moments.square, moments.drift)
+    hessian = None if moments is None else moments.square
     # Looked through already by `_refuse_nonfinite`, or repaired above.
-    planes = round_weight(flat, item.scheme.weight, rounding, None if moments is None else moments.square)
-    quantized = QuantizedTensor(planes, item.scheme.weight, w.shape, w.dtype, item.scheme.act, act_scale)
-    return quantized, sqnr_db(flat, quantized.planes, item.scheme.weight) if measure else None
+    planes = round_weight(flat, fmt, recipe.rounding, hessian)
+    if recipe.rank:
+        a, b = low_rank(flat.float() - fmt.dequantize(planes, *flat.shape), recipe.rank, hessian)
+        beside = {"lowrank_a": a.to(w.dtype), "lowrank_b": b.to(w.dtype)}
+    quantized = QuantizedTensor(planes, fmt, w.shape, w.dtype, item.scheme.act, act_scale)
+    sqnr = sqnr_db(flat, planes, fmt, *beside.values()) if measure else None
+    return Made(
+        quantized, beside, _quantized(item, weight, quantized.nbytes_packed + nbytes_beside(beside.values()), sqnr)
+    )
 
 
-def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
-    """Signal to quantization noise of `w (N, K)` in dB, 10 log10(sum w^2 / sum (w - w_q)^2), a few rows at a time."""
+def sqnr_db(w: Tensor, planes: Planes, fmt: Format, a: Tensor | None = None, b: Tensor | None = None) -> float:
+    """Signal to quantization noise of `w (N, K)` in dB, 10 log10(sum w^2 / sum (w - w_q)^2), a few rows at a time.
+
+    `a (r, K)` and `b (N, r)` are those of a low-rank term, whose product `w_q` then includes.
+    """
     n, k = w.shape
     signal = noise = 0.0
     for start, stop in fmt.row_blocks(n, k):
         rows = w[start:stop].float()
         error = rows - fmt.dequantize_rows(planes, start, stop, k)
+        if a is not None and b is not None:
+            error -= b[start:stop].float() @ a.float()
         signal += float(rows.double().square().sum())
         noise += float(error.double().square().sum())
     if noise == 0.0:

@@ -1,6 +1,7 @@
-"""What the word `algorithm` of `quantize_` means: steps that change the float model, then one way to round it.
+"""What the word `algorithm` of `quantize_` means: steps that change the float model, one way to round it, and a term
+of low rank that mends what rounding lost.
 
-    "gptq"    "awq"    "rotation+awq+align+gptq"
+    "gptq"    "awq"    "rotation+awq+align+gptq"    "awq+gptq+lowrank-8"
 
 Steps are named in the order in which they are done. Each may stand with every rounding; a word without a rounding ends
 in the one that its paper has.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,17 +27,20 @@ STEPS = {"rotation": "rtn", "smoothquant": "rtn", "awq": "mse", "align": "gptq"}
 # More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
 # in groups of 128 and 32768 tokens (docs/algorithms.md).
 DAMP = 0.05
+#: What follows the rounding, and its rank where no number is named: that of LQER's tables for 4-bit weights.
+LOWRANK, RANK = "lowrank", 32
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed `algorithm`."""
+    """A parsed `algorithm`. `rank` is that of the low-rank term, 0 without one."""
 
     steps: tuple[str, ...]
     rounding: str
+    rank: int = 0
 
     def __str__(self) -> str:
-        return "+".join((*self.steps, self.rounding))
+        return "+".join((*self.steps, self.rounding, *([f"{LOWRANK}-{self.rank}"] if self.rank else [])))
 
     @property
     def scaling(self) -> str | None:
@@ -47,6 +51,11 @@ class Recipe:
     def needs_batches(self) -> bool:
         """Whether anything is chosen for inputs."""
         return self.rounding == "gptq" or bool({*self.steps} - {"rotation"})
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether inputs are of use: a low-rank term mends the output for them, and the weight without them."""
+        return self.needs_batches or self.rank > 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ class Recipes:
     @property
     def needs_batches(self) -> bool:
         return any(r.needs_batches for r in self.by_layer.values())
+
+    @property
+    def takes_batches(self) -> bool:
+        return any(r.takes_batches for r in self.by_layer.values())
 
     def word_of(self, layer: str) -> str:
         return str(self.by_layer[layer])
@@ -105,11 +118,20 @@ def recipes_of(algorithm: str | Mapping[str, str], layers: Sequence[str]) -> Rec
 
 
 def parse_recipe(algorithm: str) -> Recipe:
-    """The steps and the rounding that a word such as `"awq+gptq"` names.
+    """The steps, the rounding and the rank that a word such as `"awq+gptq+lowrank-8"` names.
 
     Raises:
         ValueError: a name is unknown, repeated or out of order, or two of them scale channels.
     """
+    before, plus, end = algorithm.rpartition("+")
+    found = re.fullmatch(rf"{LOWRANK}(?:-([1-9]\d*))?", end)
+    if found is not None:
+        recipe = parse_recipe(before) if plus else Recipe((), "rtn")
+        if recipe.rank:
+            raise ValueError(
+                f"quantize_: algorithm {algorithm!r} names {LOWRANK} twice; once is enough" + see("bad-option")
+            )
+        return replace(recipe, rank=int(found[1] or RANK))
     *steps, last = algorithm.split("+")
     if last not in ROUNDINGS:
         steps.append(last)
@@ -117,7 +139,7 @@ def parse_recipe(algorithm: str) -> Recipe:
     if unknown:
         raise ValueError(
             f"quantize_: unknown algorithm {algorithm!r}; it is any of {', '.join(STEPS)} in this order, then one of "
-            f"{', '.join(ROUNDINGS)}, joined by +" + see("bad-option")
+            f"{', '.join(ROUNDINGS)}, then {LOWRANK} or {LOWRANK}-RANK, joined by +" + see("bad-option")
         )
     if steps != [s for s in STEPS if s in steps] or {"smoothquant", "awq"} <= {*steps}:
         raise ValueError(

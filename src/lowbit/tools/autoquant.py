@@ -287,10 +287,10 @@ def quantized(
 
 def _checked_recipes(algorithms: Sequence[str], batches: Sequence[Tensor] | None) -> dict[str, Recipe]:
     recipes = {word: parse_recipe(word) for word in algorithms}
-    if wide := [w for w, r in recipes.items() if set(r.steps) - {"awq"}]:
+    if wide := [w for w, r in recipes.items() if set(r.steps) - {"awq"} or r.rank]:
         raise ValueError(
-            f"autoquant: {wide[0]!r} changes whole blocks or the whole model, not a group; of steps, offer 'awq' alone"
-            + see("bad-option")
+            f"autoquant: {wide[0]!r} changes whole blocks or the whole model, or more than weights; beside a rounding, "
+            "offer 'awq' alone" + see("bad-option")
         )
     needy = [w for w, r in recipes.items() if r.needs_batches]
     if bool(needy) != (batches is not None):
