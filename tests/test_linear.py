@@ -1,4 +1,5 @@
-"""Layers with a low-rank term beside their weight: what they compute, where they are found, what survives."""
+"""Layers with more than a weight, a low-rank term or a Hadamard transform: what they compute, where they are found,
+what survives."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ import lowbit
 from lowbit import QuantizedTensor, quantize_
 from lowbit.calibrate import run_blocks
 from lowbit.checkpoints.files import CheckpointError
+from lowbit.decoder_ops import hadamard
 from lowbit.integrations.engine_plans import plan_of_section
-from lowbit.linear import QuantizedLinear, beside
+from lowbit.linear import QuantizedLinear, beside, put_beside_, random_signs, turned_moment, turned_weight
 from lowbit.models import Llama
 from lowbit.models.fuse import fuse_projections_, unfuse_projections_
 from lowbit.models.inference import State, forward
@@ -142,6 +144,68 @@ def test_tied_layers_share_all_of_it() -> None:
     assert torch.equal(two[0].lowrank_a, two[1].lowrank_a)
 
 
+# A transform of the input ------------------------------------------------------------------------
+
+
+def spiky() -> Llama:
+    """Few channels of what down reads are far larger than the others, and count no more for that."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight[::40] *= 30
+        layer.mlp.down_proj.weight[:, ::40] /= 30
+    return model
+
+
+def lost(algorithm: str, config: str, seen: bool = False) -> float:
+    original, model = spiky(), spiky()
+    quantize_(model, {LAYERS: config}, algorithm=algorithm, batches=batches() if seen else None)
+    return float(sum((model(ids) - original(ids)).square().sum() for ids in batches()))
+
+
+def test_a_turned_model_computes_the_same() -> None:
+    """Before anything is quantized."""
+    model, original, ids = tiny_llama(), tiny_llama(), tiny_ids()
+    for layer in model.model.layers:
+        down, signs = layer.mlp.down_proj, random_signs(80)
+        down.weight = nn.Parameter(turned_weight(down.weight, signs).float(), requires_grad=False)
+        put_beside_(down, {"input_signs": signs})
+    torch.testing.assert_close(model(ids), original(ids), rtol=0, atol=1e-5 * float(original(ids).abs().max()))
+    x = torch.randn(50, 80)
+    torch.testing.assert_close(
+        turned_moment(x.T @ x, signs), hadamard(x, signs).T @ hadamard(x, signs), rtol=0, atol=1e-3
+    )
+
+
+def test_quantized_activations_keep_more_of_outliers() -> None:
+    assert lost("hadamard", "int8dq") < 0.5 * lost("rtn", "int8dq")
+    # float8 is as exact for large values as for small ones: nothing is to be gained there.
+    assert lost("hadamard", "float8dq-row") > lost("rtn", "float8dq-row")
+
+
+def test_every_rounding_goes_behind_it() -> None:
+    for rounding in ROUNDINGS:
+        assert lost(f"hadamard+{rounding}", "int4wo-16", rounding == "gptq") < lost("hadamard+rtn", "int3wo-16")
+    assert lost("hadamard+gptq", "int3wo-16", True) < lost("hadamard+rtn", "int3wo-16")
+    assert lost("rotation+align+hadamard+gptq+lowrank-4", "mxfp4dq", True) < lost(
+        "align+hadamard+gptq", "mxfp4dq", True
+    )
+
+
+def test_only_down_projections_are_turned() -> None:
+    model = corrected("hadamard", "int8dq")
+    found = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert found == {"down_proj"}
+    layers = lowbit.explain(model).layers
+    assert {x.beside for x in layers if "down" in x.name} == {"a Hadamard transform of its input"}
+    ids = tiny_ids()
+    fuse_projections_(model)
+    torch.testing.assert_close(forward(model, ids, State(model, len(ids), 32)), model(ids)[:, -1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"no down projection is quantized.*layer-not-quantizable"):
+        quantize_(tiny_llama(), {"re:.*up_proj": "int8dq"}, algorithm="hadamard")
+    with pytest.raises(ValueError, match=r"static activation scale, measured before hadamard"):
+        quantize_(tiny_llama(), lowbit.Int8StaticActivationInt8WeightConfig(scale=0.1), algorithm="hadamard")
+
+
 # Where it goes ------------------------------------------------------------------------------------
 
 
@@ -192,9 +256,9 @@ def test_joined_projections_can_have_one() -> None:
 def test_explain_and_warmup_see_it() -> None:
     model = corrected()
     layer = lowbit.explain(model).layers[0]
-    assert layer.beside == "low-rank term of rank 6"
+    assert layer.beside == "a low-rank term of rank 6"
     assert layer.bytes == linears(model)[0].weight.nbytes_packed + 4 * 6 * (48 + 48)
-    assert "with low-rank term of rank 6" in str(lowbit.explain(model))
+    assert "with a low-rank term of rank 6" in str(lowbit.explain(model))
     assert len(lowbit.warmup(model, tokens=[1]).layers) == len(
         {(m.out_features, m.in_features) for m in linears(model)}
     )
@@ -220,8 +284,9 @@ def test_scales_are_trained_beside_it() -> None:
 
 
 @pytest.mark.parametrize("config", ["int4wo-16", "codebook4wo-16"])
-def test_checkpoints_keep_it(config: str, tmp_path: Path) -> None:
-    model, ids = corrected(config=config), tiny_ids()
+@pytest.mark.parametrize("algorithm", ["rtn+lowrank-6", "hadamard", "hadamard+rtn+lowrank-6"])
+def test_checkpoints_keep_it(config: str, algorithm: str, tmp_path: Path) -> None:
+    model, ids = corrected(algorithm, config), tiny_ids()
     lowbit.save(model, tmp_path)
     assert lowbit.verify(tmp_path)
     for device in ("meta", "cpu"):
@@ -247,7 +312,11 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"only nn\.Linear itself can have more than a weight, this is Other"):
             lowbit.load(model, tmp_path / "a", strict=strict)
     assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())
-    layer[0].lowrank_b = nn.Parameter(torch.zeros(8, 3), requires_grad=False)
+    layer[0].input_signs = torch.ones(9, dtype=torch.int8)
+    lowbit.save(layer, tmp_path / "signs")
+    with pytest.raises(CheckpointError, match=r"input_signs of a weight \[8, 16\] are int8 \[16\]"):
+        lowbit.load(nn.Sequential(nn.Linear(16, 8)), tmp_path / "signs")
+    layer[0].input_signs, layer[0].lowrank_b = None, nn.Parameter(torch.zeros(8, 3), requires_grad=False)
     lowbit.save(layer, tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"lowrank_a \[r, 16\] and lowrank_b \[8, r\]"):
         lowbit.load(nn.Sequential(nn.Linear(16, 8)), tmp_path / "b")
@@ -269,14 +338,15 @@ def test_engines_refuse_it(tmp_path: Path) -> None:
         plan_of_section(section)
 
 
-def test_a_journal_keeps_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["awq+lowrank-3", "awq+hadamard+gptq"])
+def test_a_journal_keeps_it(algorithm: str, tmp_path: Path) -> None:
     def stop(done: int, layers: int, name: str) -> None:
         if done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        corrected("awq+lowrank-3", seen=True, journal=tmp_path, progress=stop)
-    resumed, whole = corrected("awq+lowrank-3", seen=True, journal=tmp_path), corrected("awq+lowrank-3", seen=True)
+        corrected(algorithm, seen=True, journal=tmp_path, progress=stop)
+    resumed, whole = corrected(algorithm, seen=True, journal=tmp_path), corrected(algorithm, seen=True)
     for name, t in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], t), name
 

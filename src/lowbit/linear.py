@@ -1,10 +1,13 @@
 """`QuantizedLinear`: a Linear whose quantized weight is not all that it multiplies by.
 
-    y = Wq x + B (A x) + bias
+    y = Wq h + B (A h) + bias,    h = x R
 
-with A `(r, K)` and B `(N, r)` in the dtype of the activations: low-rank error correction (algorithms/lowrank.py). It is
-an `nn.Linear` still, with a `.weight` that knows nothing of A and B, so rules, hooks and `explain` find what they look
-for. What reads the weight alone (joined projections, kernels that take codes, parts on ranks) asks for
+R turns the input: a randomized Hadamard transform (`decoder_ops.hadamard`) whose inverse is folded into the weight, so
+that no channel of h stands out. A `(r, K)` and B `(N, r)` are low-rank error correction (algorithms/lowrank.py). One of
+the two may be missing.
+
+It is an `nn.Linear` still, with a `.weight` that knows nothing of this, so rules, hooks and `explain` find what they
+look for. What reads the weight alone (joined projections, kernels that take codes, parts on ranks) asks for
 `type(module) is nn.Linear` and leaves these layers whole.
 """
 
@@ -12,25 +15,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.decoder_ops import hadamard
+
 #: Names of what may lie beside a weight, as attributes of the layer and as ends of names in checkpoints.
-BESIDE = ("lowrank_a", "lowrank_b")
+LOW_RANK, INPUT_SIGNS = ("lowrank_a", "lowrank_b"), "input_signs"
+BESIDE = (*LOW_RANK, INPUT_SIGNS)
 
 
 class QuantizedLinear(nn.Linear):
-    """See the module. Made by `put_beside_`, never by its constructor."""
+    """See the module. Made by `put_beside_`, never by its constructor.
 
-    lowrank_a: nn.Parameter
-    lowrank_b: nn.Parameter
+    Attributes:
+        lowrank_a, lowrank_b: A and B in the dtype of the weight, or None.
+        input_signs: int8 `(K,)` of 1 and -1, those of R, or None.
+    """
+
+    lowrank_a: nn.Parameter | None
+    lowrank_b: nn.Parameter | None
+    input_signs: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         return self.around(input, lambda x: F.linear(x, self.weight))
 
     def around(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         """What the layer gives for `x (..., K)`, where `product` is that with its weight, `(..., N)`."""
-        y = product(x) + F.linear(F.linear(x, self.lowrank_a.to(x.dtype)), self.lowrank_b.to(x.dtype))
+        if self.input_signs is not None:
+            x = hadamard(x, self.input_signs)
+        y = product(x)
+        if self.lowrank_a is not None and self.lowrank_b is not None:
+            y = y + F.linear(F.linear(x, self.lowrank_a.to(x.dtype)), self.lowrank_b.to(x.dtype))
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -38,12 +55,36 @@ class QuantizedLinear(nn.Linear):
 
     def describe(self) -> str:
         """What lies beside the weight, in words."""
-        return f"low-rank term of rank {self.lowrank_a.shape[0]}"
+        words = []
+        if self.input_signs is not None:
+            words.append("a Hadamard transform of its input")
+        if self.lowrank_a is not None:
+            words.append(f"a low-rank term of rank {self.lowrank_a.shape[0]}")
+        return " and ".join(words)
+
+
+def random_signs(k: int, seed: int = 0, device: torch.device | None = None) -> Tensor:
+    """int8 `(k,)`, each 1 or -1."""
+    signs = torch.randint(0, 2, (k,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8) * 2 - 1
+    return signs.to(device)
+
+
+def turned_weight(w: Tensor, input_signs: Tensor) -> Tensor:
+    """fp64 `(N, K)`: what reads `x R` as `w (N, K)` reads x, `W R`."""
+    return hadamard(w.double(), input_signs)
+
+
+def turned_moment(square: Tensor, input_signs: Tensor) -> Tensor:
+    """`(K, K)`: `X^T X` of the inputs `x R`, from that of x."""
+    return hadamard(hadamard(square, input_signs).T, input_signs)
 
 
 def beside(module: nn.Module) -> dict[str, Tensor]:
     """What lies beside a layer's weight, by name; of other modules, nothing."""
-    return {name: getattr(module, name) for name in BESIDE} if isinstance(module, QuantizedLinear) else {}
+    if not isinstance(module, QuantizedLinear):
+        return {}
+    found = {name: getattr(module, name) for name in BESIDE}
+    return {name: t for name, t in found.items() if t is not None}
 
 
 def why_nothing_beside(module: nn.Module) -> str | None:
@@ -61,17 +102,22 @@ def put_beside_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     assert type(module) is nn.Linear
     module.__class__ = QuantizedLinear
-    for name, tensor in tensors.items():
-        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    for name in LOW_RANK:
+        tensor = tensors.get(name)
+        module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+    module.register_buffer(INPUT_SIGNS, tensors.get(INPUT_SIGNS))
 
 
-def misfit_beside(n: int, k: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why tensors of these shapes cannot lie beside a weight `(n, k)`, or None if they can."""
-    a, b = (shapes.get(name) for name in BESIDE)
+def misfit_beside(n: int, k: int, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
+    """Why tensors of these dtypes and shapes cannot lie beside a weight `(n, k)`, or None if they can."""
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    a, b = (shapes.get(name) for name in LOW_RANK)
     rank = a[0] if a else 0
-    if a == (rank, k) and b == (n, rank) and rank:
-        return None
-    return f"a low-rank term of a weight [{n}, {k}] is lowrank_a [r, {k}] and lowrank_b [{n}, r], found {dict(shapes)}"
+    if (a or b) and not (a == (rank, k) and b == (n, rank) and rank):
+        return f"a low-rank term of a weight [{n}, {k}] is lowrank_a [r, {k}] and lowrank_b [{n}, r], found {shapes}"
+    if found.get(INPUT_SIGNS, (torch.int8, (k,))) != (torch.int8, (k,)):
+        return f"{INPUT_SIGNS} of a weight [{n}, {k}] are int8 [{k}], found {found[INPUT_SIGNS]}"
+    return None
 
 
 def nbytes_beside(tensors: Iterable[Tensor]) -> int:

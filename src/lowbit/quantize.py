@@ -29,7 +29,16 @@ from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
 from lowbit.journal import Journal
-from lowbit.linear import nbytes_beside, put_beside_, why_nothing_beside
+from lowbit.linear import (
+    INPUT_SIGNS,
+    LOW_RANK,
+    nbytes_beside,
+    put_beside_,
+    random_signs,
+    turned_moment,
+    turned_weight,
+    why_nothing_beside,
+)
 from lowbit.original import quantizing
 from lowbit.recipe import LOWRANK, Recipe, Recipes, recipes_of, round_weight
 from lowbit.report import LayerReport, Report
@@ -73,12 +82,12 @@ def quantize_(
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
             Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
-            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"`; behind it, `"lowrank-8"` gives each layer a
-            term of rank 8 beside its weight (docs/algorithms.md). A mapping of exact names, `re:` patterns and
-            `_default` gives layers their own, as autoquant chooses them; of steps, they may differ in `"awq"`.
-        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them; with
-            `"lowrank"`, what mends outputs instead of weights. The model must consist of repeated blocks (an
-            `nn.ModuleList`), which are gone through one after the other on the model's device.
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"`, `"hadamard"`; behind it, `"lowrank-8"` gives
+            each layer a term of rank 8 beside its weight (docs/algorithms.md). A mapping of exact names, `re:` patterns
+            and `_default` gives layers their own, as autoquant chooses them; of steps, they may differ in `"awq"`.
+        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"`, `"rotation"` and `"hadamard"`, as `calibrate`
+            takes them; with `"lowrank"`, what mends outputs instead of weights. The model must consist of repeated
+            blocks (an `nn.ModuleList`), which are gone through one after the other on the model's device.
         on_nonfinite: `"error"` names the layer and how many values are NaN or Inf; `"zero"` replaces them by 0.
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
@@ -116,8 +125,10 @@ def quantize_(
     _refuse_stale_scales(work, recipes)
     looks = batches is not None and recipes.takes_batches
     graph = decoder_graph(model) if recipes.steps else None
+    turned = set[str]()
     if graph is not None:
         _refuse_halved_inputs(graph, recipes)
+        turned = _to_be_turned(graph, work, recipes)
 
     done: dict[tuple[int, Scheme, int], tuple[nn.Parameter, Beside, str]] = {}
     finished, total = 0, len(work)
@@ -137,7 +148,8 @@ def quantize_(
             report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
             if kept is None:
-                kept = _quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments)
+                signs = random_signs(weight.shape[1]) if item.name in turned else None
+                kept = _quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments, signs)
                 if recipe.rounding == "gptq" and moments is None:
                     row = replace(kept.row, note="no inputs seen: scales searched, rounded to nearest")
                     kept = kept._replace(row=row)
@@ -279,6 +291,22 @@ def _refuse_stale_scales(work: list[Work], recipes: Recipes) -> None:
         )
 
 
+def _to_be_turned(graph: DecoderGraph, work: list[Work], recipes: Recipes) -> set[str]:
+    """The layers whose input a Hadamard transform turns: R4 of SpinQuant, that of the down projections."""
+    if "hadamard" not in recipes.steps:
+        return set()
+    down = {layer.stages[-1][0] for layer in graph.layers}
+    found = [item for item in work if item.name in down]
+    for item in found or work[:1]:
+        reason = why_nothing_beside(item.module) if found else "no down projection is quantized"
+        if reason is not None:
+            raise ValueError(
+                f"quantize_: 'hadamard' turns the inputs of down projections, not that of {item.name}: {reason}. Leave "
+                "the step out" + see("layer-not-quantizable")
+            )
+    return {item.name for item in found}
+
+
 def _refuse_halved_inputs(graph: DecoderGraph, recipes: Recipes) -> None:
     """What is folded into a source meets all of its readers."""
     for edge in graph.edges():
@@ -356,7 +384,7 @@ def _refuse_nonfinite(work: list[Work]) -> None:
 
 def _quantize_weight(
     weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, recipe: Recipe,
-    moments: Moments | None,
+    moments: Moments | None, input_signs: Tensor | None = None,
 ) -> Made:  # fmt: skip
     w = weight.detach() if device is None else weight.detach().to(device)
     if zero_nonfinite:
@@ -368,13 +396,17 @@ def _quantize_weight(
     if moments is not None and moments.drift is not None:
         flat = aligned(flat, moments.square, moments.drift)
     hessian = None if moments is None else moments.square
+    if input_signs is not None:
+        beside = {INPUT_SIGNS: input_signs.to(w.device)}
+        flat = turned_weight(flat, beside[INPUT_SIGNS]).float()
+        hessian = None if hessian is None else turned_moment(hessian, beside[INPUT_SIGNS])
     # Looked through already by `_refuse_nonfinite`, or repaired above.
     planes = round_weight(flat, fmt, recipe.rounding, hessian)
     if recipe.rank:
         a, b = low_rank(flat.float() - fmt.dequantize(planes, *flat.shape), recipe.rank, hessian)
-        beside = {"lowrank_a": a.to(w.dtype), "lowrank_b": b.to(w.dtype)}
+        beside |= dict(zip(LOW_RANK, (a.to(w.dtype), b.to(w.dtype))))
     quantized = QuantizedTensor(planes, fmt, w.shape, w.dtype, item.scheme.act, act_scale)
-    sqnr = sqnr_db(flat, planes, fmt, *beside.values()) if measure else None
+    sqnr = sqnr_db(flat, planes, fmt, *(beside.get(name) for name in LOW_RANK)) if measure else None
     return Made(
         quantized, beside, _quantized(item, weight, quantized.nbytes_packed + nbytes_beside(beside.values()), sqnr)
     )

@@ -23,7 +23,9 @@ from lowbit.formats.base import Format, Planes
 
 ROUNDINGS = ("rtn", "mse", "hqq", "gptq")
 #: Steps before the rounding, in the order in which they are possible, and the rounding that follows if none is named.
-STEPS = {"rotation": "rtn", "smoothquant": "rtn", "awq": "mse", "align": "gptq"}
+STEPS = {"rotation": "rtn", "smoothquant": "rtn", "awq": "mse", "align": "gptq", "hadamard": "rtn"}
+#: Those that turn a model by random signs and look at nothing.
+BLIND = frozenset(("rotation", "hadamard"))
 # More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
 # in groups of 128 and 32768 tokens (docs/algorithms.md).
 DAMP = 0.05
@@ -50,7 +52,7 @@ class Recipe:
     @property
     def needs_batches(self) -> bool:
         """Whether anything is chosen for inputs."""
-        return self.rounding == "gptq" or bool({*self.steps} - {"rotation"})
+        return self.rounding == "gptq" or bool({*self.steps} - BLIND)
 
     @property
     def takes_batches(self) -> bool:

@@ -52,10 +52,11 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(w, right[name]), name
 
 
-def test_what_lies_beside_weights_is_written_and_read(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["rtn+lowrank-4", "hadamard"])
+def test_what_lies_beside_weights_is_written_and_read(algorithm: str, source: Path, tmp_path: Path) -> None:
     """Dropped without a word, it would leave a model that computes something else."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    quantize_(model, {"re:model.layers.*": "int3wo-64"}, algorithm="rtn+lowrank-4")
+    quantize_(model, {"re:model.layers.*": "int3wo-64"}, algorithm=algorithm)
     lowbit.save(model, tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert_same(again, model)

@@ -245,8 +245,8 @@ class Checkpoint:
                     self.problems.append(f"{file[name]}: tensor {name} is not part of this checkpoint")
         for layer, ends in own.beside_in(self.plain, self.weights).items():
             self.beside[layer] = {end: self.plain[f"{layer}.{end}"] for end in ends}
-            w, shapes = self.weights[f"{layer}.weight"], {end: i.shape for end, i in self.beside[layer].items()}
-            if (problem := misfit_beside(w.n, w.k, shapes)) is not None:
+            w, infos = self.weights[f"{layer}.weight"], {e: (i.dtype, i.shape) for e, i in self.beside[layer].items()}
+            if (problem := misfit_beside(w.n, w.k, infos)) is not None:
                 self.problems.append(f"{layer}: {problem}")
 
     def _compare_values(self, parameter: str, leaf: Leaf) -> None:
