@@ -206,6 +206,68 @@ def test_only_down_projections_are_turned() -> None:
         quantize_(tiny_llama(), lowbit.Int8StaticActivationInt8WeightConfig(scale=0.1), algorithm="hadamard")
 
 
+# Transforms of both sides ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 64), (48, 80), (1, 3)])
+def test_a_layer_turned_on_both_sides_computes_the_same(n: int, k: int) -> None:
+    layer, x = nn.Linear(k, n).requires_grad_(False), torch.randn(2, 5, k)
+    wanted, signs = layer(x), (random_signs(k, 0), random_signs(n, 1))
+    layer.weight = nn.Parameter(turned_weight(layer.weight, *signs).float(), requires_grad=False)
+    put_beside_(layer, dict(zip(("input_signs", "output_signs"), signs)))
+    torch.testing.assert_close(layer(x), wanted, rtol=0, atol=1e-5)
+
+
+def test_incoherence_leaves_no_weight_that_stands_out() -> None:
+    """Lemma 3.1 of QuIP#: after both transforms no entry is larger than a few times the root mean square; rounding
+    with a scale per row then keeps more. Gaussian weights are so already, and gain nothing."""
+
+    def heavy() -> nn.Linear:
+        torch.manual_seed(0)
+        layer = nn.Linear(96, 64).requires_grad_(False)
+        layer.weight.normal_().mul_(torch.randn(64, 1).exp()).mul_(torch.randn(96).exp())
+        layer.weight[3, 5] = 60
+        return layer
+
+    w = heavy().weight
+    turned = turned_weight(w, random_signs(96), random_signs(64, 1))
+    assert float(w.abs().max() / w.square().mean().sqrt()) > 10
+    assert float(turned.abs().max() / turned.square().mean().sqrt()) < 5
+    for config in ("int2wo", "int3wo", "int4wo-32", "codebook2wo-32"):
+        sqnr = [quantize_(heavy(), config, algorithm=word).quantized[0].sqnr_db for word in ("rtn", "incoherence+rtn")]
+        assert sqnr[1] > sqnr[0] + 1, config  # type: ignore[operator]
+
+
+def test_incoherence_needs_no_known_architecture() -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.ModuleList([nn.Linear(32, 32)]), nn.Linear(32, 8)).requires_grad_(False)
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m[1](m[0][0](x))  # type: ignore[index]
+
+    x = [torch.randn(40, 32) @ torch.randn(32, 32) for _ in range(4)]
+    model = copy.deepcopy(original)
+    report = quantize_(model, "int3wo-16", algorithm="incoherence", batches=x, forward=run)
+    assert [type(m) for m in (model[0][0], model[1])] == [QuantizedLinear] * 2
+    assert report.quantized[0].note is None
+    error = (run(model, x[0]) - run(original, x[0])).norm() / run(original, x[0]).norm()
+    assert float(error) < 0.5
+
+
+def test_incoherence_goes_with_all_else() -> None:
+    words = {"re:.*down_proj": "awq+incoherence+gptq+lowrank-2", "re:.*mlp.*": "awq+gptq", "_default": "awq+gptq"}
+    model, ids = tiny_llama(), tiny_ids()
+    quantize_(model, {LAYERS: "int4wo-16"}, algorithm=words, batches=batches())
+    layers = {x.name.split(".")[-1]: x.beside for x in lowbit.explain(model).layers}
+    assert layers["down_proj"] == "a Hadamard transform of its input and its output and a low-rank term of rank 2"
+    assert layers["up_proj"] == ""
+    assert lost("rotation+align+incoherence+gptq+lowrank-4", "int3wo-16", True) < lost("gptq", "int3wo-16", True)
+    torch.testing.assert_close(forward(model, ids, State(model, len(ids), 32)), model(ids)[:, -1], rtol=1e-4, atol=1e-4)
+    for word in ("hadamard+incoherence", "incoherence+align"):
+        with pytest.raises(ValueError, match=r"out of order.*hadamard with incoherence.*\[lowbit: bad-option\]"):
+            parse_recipe(word)
+
+
 # Where it goes ------------------------------------------------------------------------------------
 
 
@@ -284,7 +346,7 @@ def test_scales_are_trained_beside_it() -> None:
 
 
 @pytest.mark.parametrize("config", ["int4wo-16", "codebook4wo-16"])
-@pytest.mark.parametrize("algorithm", ["rtn+lowrank-6", "hadamard", "hadamard+rtn+lowrank-6"])
+@pytest.mark.parametrize("algorithm", ["rtn+lowrank-6", "hadamard", "incoherence+rtn+lowrank-6"])
 def test_checkpoints_keep_it(config: str, algorithm: str, tmp_path: Path) -> None:
     model, ids = corrected(algorithm, config), tiny_ids()
     lowbit.save(model, tmp_path)
@@ -338,7 +400,7 @@ def test_engines_refuse_it(tmp_path: Path) -> None:
         plan_of_section(section)
 
 
-@pytest.mark.parametrize("algorithm", ["awq+lowrank-3", "awq+hadamard+gptq"])
+@pytest.mark.parametrize("algorithm", ["awq+lowrank-3", "awq+hadamard+gptq", "incoherence"])
 def test_a_journal_keeps_it(algorithm: str, tmp_path: Path) -> None:
     def stop(done: int, layers: int, name: str) -> None:
         if done == 9:
@@ -376,9 +438,12 @@ def test_what_cannot_have_one_is_refused() -> None:
         (nn.Linear(16, 8), "rtn+lowrank-9", r"the rank of a weight \(8, 16\) is at most 8"),
         (Other(16, 8), "rtn+lowrank-2", "this is Other"),
         (nn.Embedding(8, 16), "rtn+lowrank-2", "this is Embedding"),
+        (nn.Embedding(8, 16), "incoherence+rtn", "this is Embedding"),
     ):  # fmt: skip
         model = nn.Sequential(module)
-        with pytest.raises(ValueError, match=rf"0 cannot have a low-rank term.*{match}.*layer-not-quantizable"):
+        with pytest.raises(
+            ValueError, match=rf"0 cannot have (lowrank-\d|incoherence): .*{match}.*layer-not-quantizable"
+        ):
             quantize_(model, {"0": "int4wo-16"}, algorithm=rule)
         assert not isinstance(model[0].weight, QuantizedTensor)
 

@@ -1,10 +1,10 @@
 """`QuantizedLinear`: a Linear whose quantized weight is not all that it multiplies by.
 
-    y = Wq h + B (A h) + bias,    h = x R
+    y = (Wq h + B (A h)) S^T + bias,    h = x R
 
-R turns the input: a randomized Hadamard transform (`decoder_ops.hadamard`) whose inverse is folded into the weight, so
-that no channel of h stands out. A `(r, K)` and B `(N, r)` are low-rank error correction (algorithms/lowrank.py). One of
-the two may be missing.
+R and S turn input and output: randomized Hadamard transforms (`decoder_ops.hadamard`), the weight being S^T W R (with
+vectors as rows, as everywhere here). No channel of h stands out then, and no weight. A `(r, K)` and B `(N, r)` are
+low-rank error correction (algorithms/lowrank.py). Each of the three may be missing, not all.
 
 It is an `nn.Linear` still, with a `.weight` that knows nothing of this, so rules, hooks and `explain` find what they
 look for. What reads the weight alone (joined projections, kernels that take codes, parts on ranks) asks for
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from lowbit.decoder_ops import hadamard
 
 #: Names of what may lie beside a weight, as attributes of the layer and as ends of names in checkpoints.
-LOW_RANK, INPUT_SIGNS = ("lowrank_a", "lowrank_b"), "input_signs"
-BESIDE = (*LOW_RANK, INPUT_SIGNS)
+LOW_RANK, SIGNS = ("lowrank_a", "lowrank_b"), ("input_signs", "output_signs")
+BESIDE = (*LOW_RANK, *SIGNS)
 
 
 class QuantizedLinear(nn.Linear):
@@ -31,12 +31,13 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         lowrank_a, lowrank_b: A and B in the dtype of the weight, or None.
-        input_signs: int8 `(K,)` of 1 and -1, those of R, or None.
+        input_signs, output_signs: int8 `(K,)` and `(N,)` of 1 and -1, those of R and S, or None.
     """
 
     lowrank_a: nn.Parameter | None
     lowrank_b: nn.Parameter | None
     input_signs: Tensor | None
+    output_signs: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         return self.around(input, lambda x: F.linear(x, self.weight))
@@ -48,6 +49,8 @@ class QuantizedLinear(nn.Linear):
         y = product(x)
         if self.lowrank_a is not None and self.lowrank_b is not None:
             y = y + F.linear(F.linear(x, self.lowrank_a.to(x.dtype)), self.lowrank_b.to(x.dtype))
+        if self.output_signs is not None:
+            y = hadamard(y, self.output_signs, True)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -55,9 +58,8 @@ class QuantizedLinear(nn.Linear):
 
     def describe(self) -> str:
         """What lies beside the weight, in words."""
-        words = []
-        if self.input_signs is not None:
-            words.append("a Hadamard transform of its input")
+        sides = [name.removesuffix("_signs") for name in SIGNS if getattr(self, name) is not None]
+        words = [f"a Hadamard transform of its {' and its '.join(sides)}"] if sides else []
         if self.lowrank_a is not None:
             words.append(f"a low-rank term of rank {self.lowrank_a.shape[0]}")
         return " and ".join(words)
@@ -69,9 +71,10 @@ def random_signs(k: int, seed: int = 0, device: torch.device | None = None) -> T
     return signs.to(device)
 
 
-def turned_weight(w: Tensor, input_signs: Tensor) -> Tensor:
-    """fp64 `(N, K)`: what reads `x R` as `w (N, K)` reads x, `W R`."""
-    return hadamard(w.double(), input_signs)
+def turned_weight(w: Tensor, input_signs: Tensor, output_signs: Tensor | None = None) -> Tensor:
+    """fp64 `(N, K)`: what reads `x R` as `w (N, K)` reads x, and gives `y S` where that gives y."""
+    turned = hadamard(w.double(), input_signs)
+    return turned if output_signs is None else hadamard(turned.T, output_signs).T.contiguous()
 
 
 def turned_moment(square: Tensor, input_signs: Tensor) -> Tensor:
@@ -105,7 +108,8 @@ def put_beside_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name in LOW_RANK:
         tensor = tensors.get(name)
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
-    module.register_buffer(INPUT_SIGNS, tensors.get(INPUT_SIGNS))
+    for name in SIGNS:
+        module.register_buffer(name, tensors.get(name))
 
 
 def misfit_beside(n: int, k: int, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
@@ -115,8 +119,9 @@ def misfit_beside(n: int, k: int, found: Mapping[str, tuple[torch.dtype, tuple[i
     rank = a[0] if a else 0
     if (a or b) and not (a == (rank, k) and b == (n, rank) and rank):
         return f"a low-rank term of a weight [{n}, {k}] is lowrank_a [r, {k}] and lowrank_b [{n}, r], found {shapes}"
-    if found.get(INPUT_SIGNS, (torch.int8, (k,))) != (torch.int8, (k,)):
-        return f"{INPUT_SIGNS} of a weight [{n}, {k}] are int8 [{k}], found {found[INPUT_SIGNS]}"
+    for name, size in zip(SIGNS, (k, n)):
+        if found.get(name, (torch.int8, (size,))) != (torch.int8, (size,)):
+            return f"{name} of a weight [{n}, {k}] are int8 [{size}], found {found[name]}"
     return None
 
 

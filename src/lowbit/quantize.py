@@ -30,8 +30,8 @@ from lowbit.formats.elements import FloatElement
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
 from lowbit.journal import Journal
 from lowbit.linear import (
-    INPUT_SIGNS,
     LOW_RANK,
+    SIGNS,
     nbytes_beside,
     put_beside_,
     random_signs,
@@ -82,12 +82,13 @@ def quantize_(
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
             Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
-            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"`, `"hadamard"`; behind it, `"lowrank-8"` gives
-            each layer a term of rank 8 beside its weight (docs/algorithms.md). A mapping of exact names, `re:` patterns
-            and `_default` gives layers their own, as autoquant chooses them; of steps, they may differ in `"awq"`.
-        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"`, `"rotation"` and `"hadamard"`, as `calibrate`
-            takes them; with `"lowrank"`, what mends outputs instead of weights. The model must consist of repeated
-            blocks (an `nn.ModuleList`), which are gone through one after the other on the model's device.
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"`, `"hadamard"` or `"incoherence"` (which any model
+            takes); behind it, `"lowrank-8"` gives each layer a term of rank 8 beside its weight (docs/algorithms.md). A
+            mapping of exact names, `re:` patterns and `_default` gives layers their own, as autoquant chooses them; of
+            steps, they may differ in `"awq"` and `"incoherence"`.
+        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"`, `"rotation"`, `"hadamard"` and `"incoherence"`,
+            as `calibrate` takes them; with `"lowrank"`, what mends outputs instead of weights. The model must consist
+            of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on the model's device.
         on_nonfinite: `"error"` names the layer and how many values are NaN or Inf; `"zero"` replaces them by 0.
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
@@ -124,13 +125,14 @@ def quantize_(
         _refuse_nonfinite(work)
     _refuse_stale_scales(work, recipes)
     looks = batches is not None and recipes.takes_batches
-    graph = decoder_graph(model) if recipes.steps else None
+    # What is done to one layer alone needs to know of no other.
+    graph = decoder_graph(model) if set(recipes.steps) - {"incoherence"} else None
     turned = set[str]()
     if graph is not None:
         _refuse_halved_inputs(graph, recipes)
         turned = _to_be_turned(graph, work, recipes)
 
-    done: dict[tuple[int, Scheme, int], tuple[nn.Parameter, Beside, str]] = {}
+    done: dict[tuple[int, Scheme, int, bool], tuple[nn.Parameter, Beside, str]] = {}
     finished, total = 0, len(work)
 
     def convert(item: Work, moments: Moments | None = None, kept: Made | None = None) -> None:
@@ -142,14 +144,15 @@ def quantize_(
         recipe = recipes.by_layer[item.name]
         if not recipe.takes_batches:
             moments = None
-        key = (id(weight), item.scheme, recipe.rank)
+        both = "incoherence" in recipe.steps
+        key = (id(weight), item.scheme, recipe.rank, both)
         if key in done:
             parameter, beside, first = done[key]
             report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
             if kept is None:
-                signs = random_signs(weight.shape[1]) if item.name in turned else None
-                kept = _quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments, signs)
+                sides = 2 if both else int(item.name in turned)
+                kept = _quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments, sides)
                 if recipe.rounding == "gptq" and moments is None:
                     row = replace(kept.row, note="no inputs seen: scales searched, rounded to nearest")
                     kept = kept._replace(row=row)
@@ -264,20 +267,22 @@ def _checked_recipes(
             "model first" + see("bad-option")
         )
     for item in work:
-        _check_rank(item, recipes.by_layer[item.name].rank)
+        _check_beside(item, recipes.by_layer[item.name])
     return recipes
 
 
-def _check_rank(item: Work, rank: int) -> None:
-    reason = why_nothing_beside(item.module) if rank else None
-    if rank and reason is None:
+def _check_beside(item: Work, recipe: Recipe) -> None:
+    """A layer can have what its recipe puts beside its weight."""
+    words = ["incoherence"] * ("incoherence" in recipe.steps) + [f"{LOWRANK}-{recipe.rank}"] * bool(recipe.rank)
+    reason = why_nothing_beside(item.module) if words else None
+    if words and reason is None:
         n, k = item.module.weight.shape  # type: ignore[misc, union-attr]
-        if rank > min(n, k):
+        if recipe.rank > min(n, k):
             reason = f"the rank of a weight ({n}, {k}) is at most {min(n, k)}"
     if reason is not None:
         raise ValueError(
-            f"quantize_: {item.name} cannot have a low-rank term of rank {rank}: {reason}. Give it an algorithm of its "
-            f"own, without {LOWRANK} (algorithm={{{item.name!r}: ...}})" + see("layer-not-quantizable")
+            f"quantize_: {item.name} cannot have {' and '.join(words)}: {reason}. Give it an algorithm of its own "
+            f"(algorithm={{{item.name!r}: ...}})" + see("layer-not-quantizable")
         )
 
 
@@ -384,8 +389,9 @@ def _refuse_nonfinite(work: list[Work]) -> None:
 
 def _quantize_weight(
     weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, recipe: Recipe,
-    moments: Moments | None, input_signs: Tensor | None = None,
+    moments: Moments | None, sides: int = 0,
 ) -> Made:  # fmt: skip
+    """`sides` of the weight are turned: none, the input's, or the output's as well."""
     w = weight.detach() if device is None else weight.detach().to(device)
     if zero_nonfinite:
         w = w.nan_to_num(0.0, 0.0, 0.0)
@@ -396,10 +402,11 @@ def _quantize_weight(
     if moments is not None and moments.drift is not None:
         flat = aligned(flat, moments.square, moments.drift)
     hessian = None if moments is None else moments.square
-    if input_signs is not None:
-        beside = {INPUT_SIGNS: input_signs.to(w.device)}
-        flat = turned_weight(flat, beside[INPUT_SIGNS]).float()
-        hessian = None if hessian is None else turned_moment(hessian, beside[INPUT_SIGNS])
+    if sides:
+        signs = [random_signs(size, seed, w.device) for seed, size in enumerate((flat.shape[1], flat.shape[0]))][:sides]
+        beside = dict(zip(SIGNS, signs))
+        flat = turned_weight(flat, *signs).float()
+        hessian = None if hessian is None else turned_moment(hessian, signs[0])
     # Looked through already by `_refuse_nonfinite`, or repaired above.
     planes = round_weight(flat, fmt, recipe.rounding, hessian)
     if recipe.rank:

@@ -23,9 +23,18 @@ from lowbit.formats.base import Format, Planes
 
 ROUNDINGS = ("rtn", "mse", "hqq", "gptq")
 #: Steps before the rounding, in the order in which they are possible, and the rounding that follows if none is named.
-STEPS = {"rotation": "rtn", "smoothquant": "rtn", "awq": "mse", "align": "gptq", "hadamard": "rtn"}
+STEPS = {
+    "rotation": "rtn",
+    "smoothquant": "rtn",
+    "awq": "mse",
+    "align": "gptq",
+    "hadamard": "rtn",
+    "incoherence": "gptq",
+}
 #: Those that turn a model by random signs and look at nothing.
-BLIND = frozenset(("rotation", "hadamard"))
+BLIND = frozenset(("rotation", "hadamard", "incoherence"))
+#: Those that layers of one block may have or not, and pairs that do not go together.
+BY_LAYER, RIVALS = frozenset(("awq", "incoherence")), ({"smoothquant", "awq"}, {"hadamard", "incoherence"})
 # More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
 # in groups of 128 and 32768 tokens (docs/algorithms.md).
 DAMP = 0.05
@@ -92,7 +101,7 @@ def recipes_of(algorithm: str | Mapping[str, str], layers: Sequence[str]) -> Rec
 
     Raises:
         ValueError: as `parse_recipe` does; a key matched nothing; or layers differ in a step that is done to whole
-            blocks, which is every one but `awq`.
+            blocks, which is every one but `awq` and `incoherence`.
     """
     if isinstance(algorithm, str):
         return Recipes(dict.fromkeys(layers, parse_recipe(algorithm)))
@@ -109,12 +118,13 @@ def recipes_of(algorithm: str | Mapping[str, str], layers: Sequence[str]) -> Rec
             f"quantize_: algorithms for names that match no layer to be quantized: {unmatched}"
             + see("rule-without-match")
         )
-    shared = {tuple(s for s in r.steps if s != "awq"): layer for layer, r in found.items()}
+    shared = {tuple(s for s in r.steps if s not in BY_LAYER): layer for layer, r in found.items()}
     if len(shared) > 1:
         (a, first), (b, second), *_ = shared.items()
         raise ValueError(
             f"quantize_: {first} has the steps {list(a)} and {second} has {list(b)}; of steps, layers may differ in "
-            "'awq' alone, because the others change whole blocks. Give the others to all layers" + see("bad-option")
+            "'awq' and 'incoherence' alone, because the others change whole blocks. Give the others to all layers"
+            + see("bad-option")
         )
     return Recipes(found)
 
@@ -143,10 +153,10 @@ def parse_recipe(algorithm: str) -> Recipe:
             f"quantize_: unknown algorithm {algorithm!r}; it is any of {', '.join(STEPS)} in this order, then one of "
             f"{', '.join(ROUNDINGS)}, then {LOWRANK} or {LOWRANK}-RANK, joined by +" + see("bad-option")
         )
-    if steps != [s for s in STEPS if s in steps] or {"smoothquant", "awq"} <= {*steps}:
+    if steps != [s for s in STEPS if s in steps] or any(pair <= {*steps} for pair in RIVALS):
         raise ValueError(
-            f"quantize_: algorithm {algorithm!r} is out of order; {' < '.join(STEPS)}, each at most once, and "
-            "smoothquant and awq not together" + see("bad-option")
+            f"quantize_: algorithm {algorithm!r} is out of order; {' < '.join(STEPS)}, each at most once, and neither "
+            f"{' nor '.join(' with '.join(sorted(pair)) for pair in RIVALS)}" + see("bad-option")
         )
     return Recipe(tuple(steps), last if last in ROUNDINGS else STEPS[last])
 

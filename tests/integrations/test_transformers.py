@@ -52,7 +52,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(w, right[name]), name
 
 
-@pytest.mark.parametrize("algorithm", ["rtn+lowrank-4", "hadamard"])
+@pytest.mark.parametrize("algorithm", ["rtn+lowrank-4", "incoherence+rtn"])
 def test_what_lies_beside_weights_is_written_and_read(algorithm: str, source: Path, tmp_path: Path) -> None:
     """Dropped without a word, it would leave a model that computes something else."""
     model = AutoModelForCausalLM.from_pretrained(source)
