@@ -38,7 +38,7 @@ from lowbit.configs import Config
 from lowbit.errors import see
 from lowbit.integrations.transformers_conversions import Assemble, Quantize, ends_with, is_ours, rename, renamed
 from lowbit.linear import put_beside_, why_nothing_beside
-from lowbit.quantize import quantize_layer_, skipped
+from lowbit.quantize_layer import quantize_layer_, skipped
 from lowbit.report import LayerReport, Report
 from lowbit.rules import QUANTIZABLE, FqnToConfig, Rule, is_linear, plan_of, why_not
 from lowbit.specs import parse_config

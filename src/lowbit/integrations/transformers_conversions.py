@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps, WeightRenaming
 from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.reading import Checkpoint
 from lowbit.configs import Config
-from lowbit.quantize import quantize_layer_
+from lowbit.quantize_layer import quantize_layer_
 from lowbit.report import Report
 
 

@@ -25,7 +25,8 @@ from lowbit.calibrate import Moments, blocks_of, run_blocks
 from lowbit.errors import see
 from lowbit.fold import awq_
 from lowbit.graph import Layer, decoder_graph
-from lowbit.quantize import quantize_, quantize_layer_
+from lowbit.quantize import quantize_
+from lowbit.quantize_layer import quantize_layer_
 from lowbit.recipe import Recipe, parse_recipe
 from lowbit.rules import why_not
 from lowbit.specs import parse_config
