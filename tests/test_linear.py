@@ -268,6 +268,21 @@ def test_incoherence_goes_with_all_else() -> None:
             parse_recipe(word)
 
 
+def test_vectors_of_four_keep_more_than_scalars_of_two_bits(tmp_path: Path) -> None:
+    """QuIP#'s point: of turned weights, which are Gaussian, points in several dimensions waste fewer of their codes."""
+    results = {
+        config: lost("incoherence+gptq", config, True)
+        for config in ("int2wo-16-asym", "codebook2wo-16", "codebook2v4wo-16")
+    }
+    assert results["codebook2v4wo-16"] < 0.8 * min(results["int2wo-16-asym"], results["codebook2wo-16"])
+    model, ids = corrected("incoherence+gptq", "codebook2v4wo-16", True), tiny_ids()
+    lowbit.save(model, tmp_path)
+    assert torch.equal(lowbit.load(Llama(CONFIG).eval(), tmp_path)(ids), model(ids))
+    with lowbit.use_kernel("reference"):
+        exact = model(ids)
+    torch.testing.assert_close(model(ids), exact, rtol=1e-3, atol=1e-3)
+
+
 # Where it goes ------------------------------------------------------------------------------------
 
 

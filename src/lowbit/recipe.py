@@ -168,6 +168,10 @@ def round_weight(w: Tensor, fmt: Format, rounding: str, hessian: Tensor | None) 
         return fmt.quantize(w, check_finite=False)
     if rounding == "hqq":
         return fmt.quantize(w, hqq_params(w, fmt), check_finite=False)
+    if rounding == "gptq" and hessian is not None and fmt.element.vector > 2:
+        # The search tries 256 vectors for every four weights dozens of times: ten times as long as all else, for 2 to
+        # 4 % of the output's error.
+        return gptq(w, hessian, fmt, fmt.choose_params(w), damp=DAMP, act_order=True)
     params = search_params(w, fmt, None if hessian is None else hessian.diagonal())
     if rounding == "mse" or hessian is None:
         return fmt.quantize(w, params, check_finite=False)

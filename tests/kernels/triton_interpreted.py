@@ -35,7 +35,8 @@ from lowbit.kernels.triton.act_rules import rule_of
 
 FORMATS = (
     "int4:g128", "int3:g64", "int2:g32:asym", "int1:g64:asym", "int8:row", "int8:b128x128", "int7:row", "nf4:g64:dq",
-    "codebook4v2:g64", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "float8_e4m3:b128x128", "float8_e5m2:tensor",
+    "codebook4v2:g64", "codebook2v4:g64", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "float8_e4m3:b128x128",
+    "float8_e5m2:tensor",
 )  # fmt: skip
 ACTIVATIONS = (
     "float8_e4m3:row", "float8_e5m2:row", "float8_e4m3:tensor", "int8:row", "int8:row:asym", "int8:tensor@static",
@@ -152,6 +153,7 @@ def check_hadamard(width: str) -> None:
     """The bits of the definition where rows are a power of two; `tl.dot` adds in an order of its own."""
     k = int(width)
     x, signs = weights("normal", 3, k), (torch.arange(k) % 3 - 1).sign().to(torch.int8) | 1
+    assert hadamard.hadamard(x[:0], signs, False).shape == (0, k)
     for s in (None, signs):
         for inverse in (False, True):
             for dtype in (torch.float32, torch.float16):
