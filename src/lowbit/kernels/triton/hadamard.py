@@ -49,7 +49,7 @@ def hadamard_kernel(
 
 
 def hadamard(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
-    """`x (..., K)`; fp64, rows too long for one program, and those hardly divisible by 2, take PyTorch's own kernels."""
+    """`x (..., K)`; fp64, and rows too long for one program or hardly divisible by 2, take PyTorch's own kernels."""
     odd, two = factors(x.shape[-1])
     rows = 1 if odd == 1 else ceil_pow2(odd, LEAST)
     if not x.numel() or x.dtype == torch.float64 or rows * two > LONGEST or (odd > 1 and two < LEAST):
