@@ -26,9 +26,11 @@ import torch
 from accuracy_peers import VARIANTS
 from torch import nn
 
+from lowbit.linear import beside, nbytes_beside
 from lowbit.quantize import quantize_
 from lowbit.recipe import ROUNDINGS, parse_recipe
 from lowbit.specs import parse_config
+from lowbit.tensor import QuantizedTensor
 from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
 from lowbit.tools.sources import find_source, rules_for, variant
 from lowbit.tools.tasks import TaskResult, run_tasks
@@ -114,11 +116,11 @@ def main() -> int:
         windows, word = list(seen.view(-1, 1, args.window)), algorithm.removesuffix("+tune")
         if word == algorithm or (config, word) != last:
             model, last = variant(original), (config, word)
-            batches = windows if parse_recipe(word).needs_batches else None
+            batches = windows if parse_recipe(word).takes_batches else None
             quantize_(model, rules_for(model, config, {}), algorithm=word, batches=batches, measure=False)
         if word != algorithm:
             tune_scales_(model, original, tuning)
-        add(config, algorithm, time.perf_counter() - started, model, parse_config(config).scheme.weight.bits_per_weight)
+        add(config, algorithm, time.perf_counter() - started, model, bits_per_weight(model, config))
     for peer in VARIANTS:
         if peer.library in libraries and (peer.config, peer.name) not in done:
             # Not `variant`: a library may change a weight where it lies.
@@ -127,6 +129,13 @@ def main() -> int:
             peer.change(model, names)
             add(peer.config, peer.name, time.perf_counter() - started, model, peer.bits_per_weight)
     return 0
+
+
+def bits_per_weight(model: nn.Module, config: str) -> float:
+    """Those of the format, and what lies beside the weights of all layers that have it."""
+    weights = [m.weight.numel() for m in model.modules() if isinstance(getattr(m, "weight", None), QuantizedTensor)]
+    more = sum(nbytes_beside(beside(m).values()) for m in model.modules())
+    return parse_config(config).scheme.weight.bits_per_weight + 8 * more / sum(weights)
 
 
 if __name__ == "__main__":

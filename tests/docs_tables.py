@@ -387,19 +387,52 @@ def same_text() -> dict[str, dict[str, dict[str, Any]]]:
     return rows
 
 
+def closing_row(r: dict[str, Any], rtn: dict[str, Any], bf16: dict[str, Any]) -> Cells:
+    """The share of rounding's loss in perplexity that comes back, and KL over its KL."""
+    closed = (rtn["perplexity"] - r["perplexity"]) / (rtn["perplexity"] - bf16["perplexity"])
+    return (
+        f"`{r['config']}`", f"{r['bits_per_weight']:.2f}", f"`{r['algorithm']}`",
+        f"{r['kl_mean']:.3f} ({r['perplexity']:.1f})", f"{100 * closed:.0f} %", f"{r['kl_mean'] / rtn['kl_mean']:.2f}",
+    )  # fmt: skip
+
+
 def tuned_scale_rows() -> list[Cells]:
-    """Of `accuracy.py` with `+tune`: the share of rounding's loss in perplexity that comes back, and KL over its KL."""
-    rows: list[Cells] = []
+    """Of `accuracy.py` with `+tune`."""
     _, result = newest("cpu_*_accuracy_tune.json")
     rounding = {c: found["rtn"] for c, found in same_text().items() if "rtn" in found}
-    for r in result["rows"][1:]:
-        config, rtn = r["config"], rounding[r["config"]]
-        closed = (rtn["perplexity"] - r["perplexity"]) / (rtn["perplexity"] - result["rows"][0]["perplexity"])
-        rows.append((
-            f"`{config}`", f"{r['bits_per_weight']:.2f}", f"`{r['algorithm']}`",
-            f"{r['kl_mean']:.3f} ({r['perplexity']:.1f})", f"{100 * closed:.0f} %",
-            f"{r['kl_mean'] / rtn['kl_mean']:.2f}",
-        ))  # fmt: skip
+    return [closing_row(r, rounding[r["config"]], result["rows"][0]) for r in result["rows"][1:]]
+
+
+def low_rank_rows() -> list[Cells]:
+    """Of `accuracy.py` with a low-rank term, and the best without one, by bits."""
+    found, rows = same_text(), list[Cells]()
+    for config in ("int4wo-128", "int3wo-128-asym"):
+        chosen = [
+            r for word, r in found[config].items() if "lowrank" in word or word in ("rtn", "awq+gptq", "awq+gptq+tune")
+        ]
+        chosen.sort(key=lambda r: (r["bits_per_weight"], -r["kl_mean"]))
+        rows += [closing_row(r, found[config]["rtn"], found["bf16"][""]) for r in chosen]
+    return rows
+
+
+def two_bit_rows() -> list[Cells]:
+    """Of `accuracy.py` for about two bits: everything against rounding to integers in groups of 64."""
+    found, rows = same_text(), list[Cells]()
+    for config in ("int2wo-64-asym", "codebook2v4wo-64"):
+        ours = [r for word, r in found[config].items() if " " not in word]  # not what another library made
+        chosen = sorted(ours, key=lambda r: -r["kl_mean"])
+        rows += [closing_row(r, found["int2wo-64-asym"]["rtn"], found["bf16"][""]) for r in chosen]
+    return rows
+
+
+def turned_rows() -> list[Cells]:
+    """Of `accuracy.py` with Hadamard transforms at run time, beside what there is without."""
+    found, rows = same_text(), list[Cells]()
+    for config in ("int8dq", "int8dq-asym", "mxfp4dq", "nvfp4dq"):
+        ours = {word: r for word, r in found[config].items() if " " not in word}  # not what another library made
+        for word, r in sorted(ours.items(), key=lambda item: -item[1]["kl_mean"]):
+            kl, over = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}", 100 * (r["perplexity_ratio"] - 1)
+            rows.append((f"`{config}`", f"`{word}`", kl, f"{over:+.1f} ± {100 * r['perplexity_ratio_stderr']:.1f} %"))
     return rows
 
 
@@ -533,6 +566,17 @@ TABLES = {
         ("config", "bits per weight", "algorithm", "KL (perplexity)", "of the gap closed", "KL over rounding's"),
         tuned_scale_rows,
     ),
+    "low rank": Table(
+        "docs/accuracy.md",
+        ("config", "bits per weight", "algorithm", "KL (perplexity)", "of the gap closed", "KL over rounding's"),
+        low_rank_rows,
+    ),
+    "two bits": Table(
+        "docs/accuracy.md",
+        ("config", "bits per weight", "algorithm", "KL (perplexity)", "of the gap closed", "KL over rounding's"),
+        two_bit_rows,
+    ),
+    "turned": Table("docs/accuracy.md", ("config", "algorithm", "KL", "perplexity over bf16"), turned_rows),
     "smoothquant": Table(
         "docs/accuracy.md", ("config", "algorithm", "alpha", "KL", "perplexity over bf16"), smooth_rows
     ),

@@ -30,7 +30,7 @@ MIDDLE = ("lowbit.quantize", "lowbit.calibrate", "lowbit.checkpoint", "lowbit.ch
           "lowbit.specs", "lowbit.report", "lowbit.original", "lowbit.explain", "lowbit.warmup",
           "lowbit.models", "lowbit.attention", "lowbit.graph", "lowbit.fold", "lowbit.recipe", "lowbit.stages",
           "lowbit.rules", "lowbit.qat", "lowbit.tune", "lowbit.journal",
-          "lowbit.resume")  # fmt: skip
+          "lowbit.resume", "lowbit.linear", "lowbit.quantize_layer")  # fmt: skip
 TOP = ("lowbit.tools", "lowbit.testing", "lowbit.integrations", "lowbit.cli", "lowbit.__main__")
 # What `pip install lowbit` does not bring.
 EXTRAS = {"triton", "typer", "rich", "tqdm", "jinja2", "matplotlib", "tokenizers", "gguf", "transformers", "torchao",

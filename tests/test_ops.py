@@ -98,7 +98,9 @@ def test_every_pair_of_n_and_k(spec: str) -> None:
         case(parse_format(spec), 2, n, k, DTYPES[i % 3], bias=i % 2 == 0)
 
 
-@pytest.mark.parametrize("spec", ["int8:row", "int4:g32", "nf4:g64:dq", "mxfp6_e2m3", "codebook4v2:g64"])
+@pytest.mark.parametrize(
+    "spec", ["int8:row", "int4:g32", "nf4:g64:dq", "mxfp6_e2m3", "codebook4v2:g64", "codebook2v4:g64"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_m(spec: str, dtype: torch.dtype) -> None:
     for i, m in enumerate(MS):

@@ -13,7 +13,7 @@ from lowbit import Int8StaticActivationInt8WeightConfig, QuantizedTensor, quanti
 from lowbit.calibrate import Moments
 from lowbit.graph import decoder_graph
 from lowbit.models import Llama, LlamaConfig
-from lowbit.recipe import ROUNDINGS, STEPS, Recipe, parse_recipe, recipes_of
+from lowbit.recipe import BLIND, ROUNDINGS, STEPS, Recipe, parse_recipe, recipes_of
 from lowbit.stages import run_stages
 
 WIDE = replace(CONFIG, hidden_size=96, intermediate_size=160)
@@ -54,7 +54,7 @@ def test_words() -> None:
         for step in STEPS:
             recipe = parse_recipe(f"{step}+{rounding}")
             assert recipe == Recipe((step,), rounding)
-            assert recipe.needs_batches == (rounding == "gptq" or step != "rotation")
+            assert recipe.needs_batches == (rounding == "gptq" or step not in BLIND)
 
 
 @pytest.mark.parametrize(

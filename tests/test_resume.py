@@ -59,13 +59,13 @@ def assert_same(a: tuple[nn.Module, Report], b: tuple[nn.Module, Report]) -> Non
 def counted() -> Iterator[list[None]]:
     """How many weights are quantized."""
     calls: list[None] = []
-    real = quantizing._quantize_weight
+    real = quantizing.quantize_weight
 
     def counting(*arguments: Any) -> Any:
         calls.append(None)
         return real(*arguments)
 
-    with mock.patch.object(quantizing, "_quantize_weight", counting):
+    with mock.patch.object(quantizing, "quantize_weight", counting):
         yield calls
 
 

@@ -32,8 +32,9 @@ from lowbit.checkpoints.files import (
     shards,
 )
 from lowbit.checkpoints.manifest import Manifest
-from lowbit.checkpoints.reading import Checkpoint, misfits
+from lowbit.checkpoints.reading import Checkpoint, misfits, to_be_beside
 from lowbit.checkpoints.writing import plan, replaceable
+from lowbit.linear import put_beside_
 from lowbit.original import unharmed
 from lowbit.tensor import QuantizedTensor
 
@@ -178,11 +179,15 @@ def load(
     checkpoint = Checkpoint(path, verify)
     targets = dict(model.state_dict(keep_vars=True))
     problems = list(checkpoint.problems)
+    more = {} if problems else to_be_beside(checkpoint, model, problems)
+    targets |= {f"{layer}.{name}": t for layer, tensors in more.items() for name, t in tensors.items()}
     if checkpoint.understood:
         problems += misfits(checkpoint, model, targets, strict)
     if problems:
         raise CheckpointError(path, problems)
     with unharmed(model, keep=all(t.is_meta for t in targets.values())):
+        for layer, tensors in more.items():
+            put_beside_(model.get_submodule(layer), tensors)
         _fill(model, checkpoint, targets, device)
     return model
 

@@ -448,7 +448,8 @@ class NF4WeightOnlyConfig(Config):
 
 @dataclass(frozen=True)
 class CodebookWeightOnlyConfig(Config):
-    """Learned codebooks, of scalars or of pairs (`vector=2`). `codebook4wo-64`, `codebook4v2wo-64`."""
+    """Learned codebooks, of scalars, pairs (`vector=2`) or fours. `codebook4wo-64`, `codebook4v2wo-64`,
+    `codebook2v4wo-64`."""
 
     bits: int = 4
     group_size: int = 64

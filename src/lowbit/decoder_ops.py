@@ -16,13 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.errors import see
 from lowbit.kernels.cache_layout import check_heads
+from lowbit.kernels.cpu import native
+from lowbit.kernels.hadamard import transformed
 from lowbit.kernels.select import triton_missing
 
 _LIB = torch.library.Library("lowbit", "FRAGMENT")
 _LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _LIB.define("add_rms_norm(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)")
 _LIB.define("silu_mul(Tensor gate_up) -> Tensor")
+_LIB.define("hadamard(Tensor x, Tensor? signs=None, bool inverse=False) -> Tensor")
 _LIB.define("gemv(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _ROPE = (
     "Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor cos, Tensor sin, Tensor? q_norm,"
@@ -52,6 +56,65 @@ def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Ten
 def _silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = _wide(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _hadamard(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """Rows of `x (..., K)` turned by the orthogonal R = diag(signs) T, or back by R^T; T is a Hadamard transform.
+
+    Online rotations of QuaRot (Ashkboos et al., arXiv:2404.00456, section 4) and, on both sides of a weight, the
+    incoherence processing of QuIP# (Tseng et al., arXiv:2402.04396, section 3).
+
+    Args:
+        x: bf16, fp16, fp32 or fp64; the result has its dtype. Sums are in fp32, or fp64.
+        signs: int8 `(K,)` of 1 and -1, or None for ones.
+        inverse: R^T instead of R.
+
+    Raises:
+        TypeError: x is no float tensor, or signs are not int8.
+        ValueError: sizes or devices differ.
+    """
+    _check_hadamard(x, signs)
+    return transformed(x, signs, inverse)
+
+
+def _hadamard_cpu(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    _check_hadamard(x, signs)
+    return native.hadamard(x, signs, inverse)
+
+
+def _hadamard_cuda(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    _check_hadamard(x, signs)
+    return _on_gpu(_hadamard, "hadamard")(x, signs, inverse)  # type: ignore[no-any-return]
+
+
+def _check_hadamard(x: Tensor, signs: Tensor | None) -> None:
+    if not x.is_floating_point() or x.dtype.itemsize == 1 or (signs is not None and signs.dtype != torch.int8):
+        raise TypeError(
+            f"lowbit.hadamard: x must be bf16, fp16, fp32 or fp64 and signs int8, got {x.dtype} and "
+            f"{None if signs is None else signs.dtype}" + see("input-mismatch")
+        )
+    if x.dim() == 0 or not x.shape[-1]:
+        raise ValueError(f"lowbit.hadamard: x must have numbers in a row, got {tuple(x.shape)}" + see("input-mismatch"))
+    if signs is not None and (signs.shape != x.shape[-1:] or signs.device != x.device):
+        raise ValueError(
+            f"lowbit.hadamard: rows of {x.shape[-1]} on {x.device} take as many signs, got {tuple(signs.shape)} on "
+            f"{signs.device}" + see("input-mismatch")
+        )
+
+
+def _hadamard_fake(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    _check_hadamard(x, signs)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _hadamard_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, signs, ctx.inverse = inputs
+    ctx.save_for_backward(signs)
+
+
+def _hadamard_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """The transpose of an orthogonal matrix is its inverse."""
+    return torch.ops.lowbit.hadamard(grad, ctx.saved_tensors[0], not ctx.inverse), None, None
 
 
 def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,6 +259,13 @@ for _name, _definition, _module, _fake in (
     _LIB.impl(_name, _on_gpu(_definition, _module), "CUDA")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIB)
 
+_LIB.impl("hadamard", _hadamard, "CompositeExplicitAutograd")
+_LIB.impl("hadamard", _hadamard_cpu, "CPU")
+_LIB.impl("hadamard", _hadamard_cuda, "CUDA")
+torch.library.register_fake("lowbit::hadamard", _hadamard_fake, lib=_LIB)
+torch.library.register_autograd("lowbit::hadamard", _hadamard_backward, setup_context=_hadamard_setup, lib=_LIB)
+
+hadamard: Callable[..., Tensor] = torch.ops.lowbit.hadamard.default
 rms_norm: Callable[..., Tensor] = torch.ops.lowbit.rms_norm.default
 add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = torch.ops.lowbit.add_rms_norm.default
 silu_mul: Callable[..., Tensor] = torch.ops.lowbit.silu_mul.default

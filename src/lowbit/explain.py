@@ -12,6 +12,7 @@ from lowbit.configs import Scheme
 from lowbit.errors import see
 from lowbit.kernels.problem import Problem, UnsupportedError, arch_of
 from lowbit.kernels.select import select
+from lowbit.linear import QuantizedLinear, beside, nbytes_beside
 from lowbit.tensor import QuantizedTensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -33,7 +34,7 @@ class Range:
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One quantized linear layer."""
+    """One quantized linear layer; `beside` says what it adds to the product with its weight, `bytes` has both."""
 
     name: str
     n: int
@@ -41,6 +42,7 @@ class LayerExplanation:
     scheme: str
     bytes: int
     ranges: tuple[Range, ...]
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,12 @@ class Explanation:
         lines = [f"kernels on {self.device}"]
         groups: dict[tuple[object, ...], list[LayerExplanation]] = {}
         for layer in self.layers:
-            groups.setdefault((layer.scheme, layer.n, layer.k, layer.ranges), []).append(layer)
+            groups.setdefault((layer.scheme, layer.n, layer.k, layer.ranges, layer.beside), []).append(layer)
         for members in groups.values():
             first = members[0]
             more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-            lines.append(f"{first.name}{more}: {first.scheme}, {first.n} x {first.k}, {first.bytes / 1e6:.2f} MB")
+            what = f"{first.scheme}, {first.n} x {first.k}, {first.bytes / 1e6:.2f} MB"
+            lines.append(f"{first.name}{more}: {what}" + (f", with {first.beside}" if first.beside else ""))
             for r in first.ranges:
                 lines.append(f"  M {r.first}..{r.last}: {r.kernel}" + (f" ({r.config})" if r.config else ""))
                 lines.extend(f"      not {name}: {reason}" for name, reason in r.rejected)
@@ -98,7 +101,9 @@ def explain(model: nn.Module, tokens: Sequence[int] = TOKENS, dtype: torch.dtype
             else:
                 ranges.append(Range(m, m, kernel, rejected, config))
         scheme = Scheme(weight.format, weight.act).spec
-        layers.append(LayerExplanation(name, n, k, scheme, weight.nbytes_packed, tuple(ranges)))
+        size = weight.nbytes_packed + nbytes_beside(beside(module).values())
+        words = module.describe() if isinstance(module, QuantizedLinear) else ""
+        layers.append(LayerExplanation(name, n, k, scheme, size, tuple(ranges), words))
     if not layers:
         raise ValueError(
             "explain: the model has no quantized Linear; call lowbit.quantize_ first" + see("nothing-quantized")

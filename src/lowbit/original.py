@@ -17,18 +17,23 @@ class Original:
     """The parameters and buffers that a model holds now, and where their values lie. Nothing is copied."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
-            (holder, name, tensor, tensor.detach())
-            for module in model.modules()
-            for holder in (module._parameters, module._buffers)
-            for name, tensor in holder.items()
-            if tensor is not None
+        # A Linear may become a `QuantizedLinear` on the way, with more parameters.
+        self._kinds = [(module, type(module)) for module in model.modules()]
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (holder, dict(holder)) for module, _ in self._kinds for holder in (module._parameters, module._buffers)
         ]
+        tensors: list[Tensor] = [t for _, held in self._held for t in held.values() if t is not None]
+        self._values = [(tensor, tensor.detach()) for tensor in tensors]
 
     def put_back(self) -> None:
         """The same tensors in the same places, on the devices where they were."""
-        for holder, name, tensor, values in self._held:
-            holder[name] = tensor
+        for module, kind in self._kinds:
+            if type(module) is not kind:
+                module.__class__ = kind
+        for holder, held in self._held:
+            holder.clear()
+            holder.update(held)
+        for tensor, values in self._values:
             if tensor.device != values.device:  # moved in place by `Module.to`
                 tensor.data = values
 

@@ -8,28 +8,36 @@ Rules by name choose a config per layer; the first match wins, in the order exac
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.algorithms.align import aligned
-from lowbit.calibrate import KEEPS_NOTHING, Keeper, Moments, Statistics, run_blocks, static_scale
+from lowbit.calibrate import KEEPS_NOTHING, Keeper, Moments, Statistics, run_blocks
 from lowbit.configs import Config, Scheme
 from lowbit.errors import see
 from lowbit.fold import Scales, awq_, rotate_, smooth_
-from lowbit.formats.base import Format, Planes, count_nonfinite
-from lowbit.formats.elements import FloatElement
+from lowbit.formats.base import Planes
 from lowbit.graph import DecoderGraph, Layer, decoder_graph
 from lowbit.journal import Journal
+from lowbit.linear import put_beside_, why_nothing_beside
 from lowbit.original import quantizing
-from lowbit.recipe import Recipes, recipes_of, round_weight
+from lowbit.quantize_layer import (
+    Beside,
+    Made,
+    Work,
+    quantize_weight,
+    refuse_nonfinite,
+    row_of,
+    skipped,
+    static_scale_of,
+)
+from lowbit.recipe import LOWRANK, Recipe, Recipes, recipes_of
 from lowbit.report import LayerReport, Report
 from lowbit.resume import JournalKeeper
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
@@ -71,12 +79,13 @@ def quantize_(
             the scales with the least squared error; `"hqq"` for those that leave outliers alone; `"gptq"` rounds each
             column of a weight so as to mend what the columns before it lost, for the inputs that `batches` bring.
             Before it may stand steps that change the float weights of a Llama-family model, joined by `+` in this
-            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"` (docs/algorithms.md). A mapping of exact
-            names, `re:` patterns and `_default` gives layers their own, as autoquant chooses them; of steps, they may
-            differ in `"awq"`.
-        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"` and `"rotation"`, as `calibrate` takes them. The
-            model must consist of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on
-            the model's device.
+            order: `"rotation"`, `"smoothquant"` or `"awq"`, `"align"`, `"hadamard"` or `"incoherence"` (which any model
+            takes); behind it, `"lowrank-8"` gives each layer a term of rank 8 beside its weight (docs/algorithms.md). A
+            mapping of exact names, `re:` patterns and `_default` gives layers their own, as autoquant chooses them; of
+            steps, they may differ in `"awq"` and `"incoherence"`.
+        batches, forward: inputs for all but `"rtn"`, `"mse"`, `"hqq"`, `"rotation"`, `"hadamard"` and `"incoherence"`,
+            as `calibrate` takes them; with `"lowrank"`, what mends outputs instead of weights. The model must consist
+            of repeated blocks (an `nn.ModuleList`), which are gone through one after the other on the model's device.
         on_nonfinite: `"error"` names the layer and how many values are NaN or Inf; `"zero"` replaces them by 0.
         on_unsupported: `"error"`, or `"skip"` to leave layers that cannot be quantized alone and list them.
         measure: compute each layer's SQNR (signal to quantization noise in dB).
@@ -100,7 +109,7 @@ def quantize_(
     for name, module, chosen in plan_of(model, config, filter_fn):
         reason = "left as it is by a rule" if chosen is None else why_not(module, chosen.scheme)
         if reason is None and chosen is not None:
-            work.append(Work(name, module, chosen.scheme, _static_scale(name, chosen, calibration)))
+            work.append(Work(name, module, chosen.scheme, static_scale_of(name, chosen, calibration)))
         elif chosen is not None and on_unsupported == "error":
             raise ValueError(
                 f"quantize_: {name} cannot be quantized to {chosen.spec}: {reason}. Exclude it with a rule "
@@ -110,53 +119,56 @@ def quantize_(
             report.layers.append(skipped(name, module, reason or ""))
     recipes = _checked_recipes(algorithm, work, batches, on_nonfinite, journal is not None)
     if on_nonfinite != "zero":
-        _refuse_nonfinite(work)
+        refuse_nonfinite(work)
     _refuse_stale_scales(work, recipes)
-    graph = decoder_graph(model) if recipes.steps else None
+    looks = batches is not None and recipes.takes_batches
+    # What is done to one layer alone needs to know of no other.
+    graph = decoder_graph(model) if set(recipes.steps) - {"incoherence"} else None
+    turned = set[str]()
     if graph is not None:
         _refuse_halved_inputs(graph, recipes)
+        turned = _to_be_turned(graph, work, recipes)
 
-    done: dict[tuple[int, Scheme], tuple[nn.Parameter, str]] = {}
+    done: dict[tuple[int, Scheme, int, bool], tuple[nn.Parameter, Beside, str]] = {}
     finished, total = 0, len(work)
 
-    def convert(
-        item: Work, moments: Moments | None = None, kept: tuple[QuantizedTensor, LayerReport] | None = None
-    ) -> None:
+    def convert(item: Work, moments: Moments | None = None, kept: Made | None = None) -> None:
         nonlocal finished
         if progress is not None:
             progress(finished, total, item.name)
         finished += 1
         weight: nn.Parameter = item.module.weight  # type: ignore[assignment]
         recipe = recipes.by_layer[item.name]
-        if not recipe.needs_batches:
+        if not recipe.takes_batches:
             moments = None
-        key = (id(weight), item.scheme)
+        both = "incoherence" in recipe.steps
+        key = (id(weight), item.scheme, recipe.rank, both)
         if key in done:
-            parameter, first = done[key]
-            report.layers.append(replace(_quantized(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
+            parameter, beside, first = done[key]
+            report.layers.append(replace(row_of(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
-            if kept is not None:
-                quantized, layer = kept
-            else:
-                zero = on_nonfinite == "zero"
-                quantized, sqnr = _quantize_weight(weight, item, device, zero, measure, recipe.rounding, moments)
-                layer = _quantized(item, weight, quantized.nbytes_packed, sqnr)
+            if kept is None:
+                sides = 2 if both else int(item.name in turned)
+                kept = quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments, sides)
                 if recipe.rounding == "gptq" and moments is None:
-                    layer = replace(layer, note="no inputs seen: scales searched, rounded to nearest")
-            report.layers.append(layer)
-            parameter = nn.Parameter(quantized, requires_grad=False)
+                    row = replace(kept.row, note="no inputs seen: scales searched, rounded to nearest")
+                    kept = kept._replace(row=row)
+            report.layers.append(kept.row)
+            parameter, beside = nn.Parameter(kept.weight, requires_grad=False), kept.beside
             # Only while another module still holds the float weight can its id come up again.
             if sum(m.weight is weight for m in model.modules() if hasattr(m, "weight")) > 1:
-                done[key] = (parameter, item.name)
+                done[key] = (parameter, beside, item.name)
         item.module.weight = parameter
+        if beside:
+            put_beside_(item.module, beside)
 
-    if device is not None and (graph is not None or recipes.needs_batches):
+    if device is not None and (graph is not None or looks):
         model.to(device)
     if graph is not None and "rotation" in recipes.steps:
         rotate_(model, graph)
     # A rotated model computes the same, so this is what is put back.
     with quantizing(model, _keeps(restore, device, work), report):
-        if recipes.needs_batches:
+        if looks:
             waiting = {item.name: item for item in work}
 
             def visit(moments: dict[str, Moments]) -> None:
@@ -165,10 +177,11 @@ def quantize_(
                     if bool(moments[name].amax.any()):
                         convert(waiting.pop(name), moments[name])
 
-            def put(row: LayerReport, planes: Planes, act_scale: Tensor | None) -> None:
+            def put(row: LayerReport, planes: Planes, act_scale: Tensor | None, beside: Beside) -> None:
                 item = waiting.pop(row.name)
                 weight, (fmt, act) = item.module.weight, item.scheme
-                convert(item, kept=(QuantizedTensor(planes, fmt, weight.shape, weight.dtype, act, act_scale), row))  # type: ignore[arg-type]
+                quantized = QuantizedTensor(planes, fmt, weight.shape, weight.dtype, act, act_scale)  # type: ignore[arg-type]
+                convert(item, kept=Made(quantized, beside, row))
 
             keeper, scales = KEEPS_NOTHING, Scales()
             if journal is not None:
@@ -234,23 +247,40 @@ def _checked_recipes(
     journal: bool,
 ) -> Recipes:  # fmt: skip
     recipes = recipes_of(algorithm, [item.name for item in work])
-    if journal and not recipes.needs_batches:
+    if journal and batches is None:
         raise ValueError(
             f"quantize_: a journal keeps blocks, and algorithm {algorithm!r} goes by layers; leave journal=... out, or "
             "choose one with 'gptq', 'awq', 'smoothquant' or 'align'" + see("bad-option")
         )
-    if work and recipes.needs_batches != (batches is not None):
+    if work and (recipes.needs_batches if batches is None else not recipes.takes_batches):
         raise ValueError(
             f"quantize_: algorithm {algorithm!r} "
-            + ("needs batches=..., typical inputs of the model" if recipes.needs_batches else "takes no batches")
-            + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant' and 'align'" + see("bad-option")
+            + ("needs batches=..., typical inputs of the model" if batches is None else "takes no batches")
+            + "; what chooses for inputs is 'gptq', 'awq', 'smoothquant', 'align' and 'lowrank'" + see("bad-option")
         )  # fmt: skip
     if recipes.steps and on_nonfinite == "zero":
         raise ValueError(
             f"quantize_: on_nonfinite='zero' repairs weights one by one, {algorithm!r} mixes them before; repair the "
             "model first" + see("bad-option")
         )
+    for item in work:
+        _check_beside(item, recipes.by_layer[item.name])
     return recipes
+
+
+def _check_beside(item: Work, recipe: Recipe) -> None:
+    """A layer can have what its recipe puts beside its weight."""
+    words = ["incoherence"] * ("incoherence" in recipe.steps) + [f"{LOWRANK}-{recipe.rank}"] * bool(recipe.rank)
+    reason = why_nothing_beside(item.module) if words else None
+    if words and reason is None:
+        n, k = item.module.weight.shape  # type: ignore[misc, union-attr]
+        if recipe.rank > min(n, k):
+            reason = f"the rank of a weight ({n}, {k}) is at most {min(n, k)}"
+    if reason is not None:
+        raise ValueError(
+            f"quantize_: {item.name} cannot have {' and '.join(words)}: {reason}. Give it an algorithm of its own "
+            f"(algorithm={{{item.name!r}: ...}})" + see("layer-not-quantizable")
+        )
 
 
 def _refuse_stale_scales(work: list[Work], recipes: Recipes) -> None:
@@ -261,6 +291,22 @@ def _refuse_stale_scales(work: list[Work], recipes: Recipes) -> None:
             f"quantize_: {static[0]} has a static activation scale, measured before {' and '.join(moving)} change its "
             "input; use a config with dynamic activations" + see("bad-option")
         )
+
+
+def _to_be_turned(graph: DecoderGraph, work: list[Work], recipes: Recipes) -> set[str]:
+    """The layers whose input a Hadamard transform turns: R4 of SpinQuant, that of the down projections."""
+    if "hadamard" not in recipes.steps:
+        return set()
+    down = {layer.stages[-1][0] for layer in graph.layers}
+    found = [item for item in work if item.name in down]
+    for item in found or work[:1]:
+        reason = why_nothing_beside(item.module) if found else "no down projection is quantized"
+        if reason is not None:
+            raise ValueError(
+                f"quantize_: 'hadamard' turns the inputs of down projections, not that of {item.name}: {reason}. Leave "
+                "the step out" + see("layer-not-quantizable")
+            )
+    return {item.name for item in found}
 
 
 def _refuse_halved_inputs(graph: DecoderGraph, recipes: Recipes) -> None:
@@ -279,127 +325,3 @@ def _keeps(restore: bool | None, device: torch.device | str | None, work: list[W
     if restore is not None or device is None:
         return bool(restore)
     return all(item.module.weight.device.type != torch.device(device).type for item in work)  # type: ignore[union-attr]
-
-
-class Work(NamedTuple):
-    """One layer to be quantized: to what, and with which calibrated scale of its activation."""
-
-    name: str
-    module: nn.Module
-    scheme: Scheme
-    act_scale: float | None
-
-
-# One layer ---------------------------------------------------------------------------------------
-
-
-def quantize_layer_(
-    name: str, module: nn.Module, config: Config, rounding: str = "rtn", moments: Moments | None = None
-) -> LayerReport:
-    """What `quantize_` does to one layer, for loaders that meet a model's weights one after the other.
-
-    `moments` are those of its inputs, which `"gptq"` needs; `"mse"` weighs errors by them.
-
-    Raises:
-        ValueError: the weight holds NaN or Inf, or the config needs a calibrated scale.
-    """
-    item = Work(name, module, config.scheme, _static_scale(name, config, None))
-    _refuse_nonfinite([item])
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    quantized, sqnr = _quantize_weight(weight, item, None, False, True, rounding, moments)
-    module.weight = nn.Parameter(quantized, requires_grad=False)
-    return _quantized(item, weight, quantized.nbytes_packed, sqnr)
-
-
-def _refuse_nonfinite(work: list[Work]) -> None:
-    """Every layer is checked before the first is changed."""
-    bad = []
-    for item in work:
-        weight: Tensor = item.module.weight.detach()  # type: ignore[operator, union-attr, assignment]
-        count = count_nonfinite(weight)
-        if count:
-            bad.append(f"{item.name} ({count} of {weight.numel()})")
-    if bad:
-        raise ValueError(
-            f"quantize_: NaN or Inf values in {', '.join(bad)}; nothing was quantized. Repair the checkpoint, or pass "
-            "on_nonfinite='zero' to replace them by 0" + see("nonfinite-weight")
-        )
-
-
-def _quantize_weight(
-    weight: Tensor, item: Work, device: Any, zero_nonfinite: bool, measure: bool, rounding: str,
-    moments: Moments | None,
-) -> tuple[QuantizedTensor, float | None]:  # fmt: skip
-    w = weight.detach() if device is None else weight.detach().to(device)
-    if zero_nonfinite:
-        w = w.nan_to_num(0.0, 0.0, 0.0)
-    act_scale = None
-    if item.act_scale is not None:
-        act_scale = torch.full((1, 1), item.act_scale, dtype=torch.float32, device=w.device)
-    flat = w.reshape(w.shape[0], -1)
-    if moments is not None and moments.drift is not None:
-        flat = aligned(flat, moments.square, moments.drift)
-    # Looked through already by `_refuse_nonfinite`, or repaired above.
-    planes = round_weight(flat, item.scheme.weight, rounding, None if moments is None else moments.square)
-    quantized = QuantizedTensor(planes, item.scheme.weight, w.shape, w.dtype, item.scheme.act, act_scale)
-    return quantized, sqnr_db(flat, quantized.planes, item.scheme.weight) if measure else None
-
-
-def sqnr_db(w: Tensor, planes: Planes, fmt: Format) -> float:
-    """Signal to quantization noise of `w (N, K)` in dB, 10 log10(sum w^2 / sum (w - w_q)^2), a few rows at a time."""
-    n, k = w.shape
-    signal = noise = 0.0
-    for start, stop in fmt.row_blocks(n, k):
-        rows = w[start:stop].float()
-        error = rows - fmt.dequantize_rows(planes, start, stop, k)
-        signal += float(rows.double().square().sum())
-        noise += float(error.double().square().sum())
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else 0.0
-
-
-def _static_scale(name: str, config: Config, calibration: Mapping[str, Statistics] | None) -> float | None:
-    act = config.scheme.act
-    if act is None or not act.static:
-        return None
-    given = getattr(config, "scale", None)
-    if given is not None:
-        return float(given)
-    if calibration is None or name not in calibration:
-        raise ValueError(
-            f"quantize_: {name} needs a calibrated activation scale for {config.spec}; pass "
-            "calibration=lowbit.calibrate(model, batches), or scale=... in the config" + see("missing-calibration")
-        )
-    return static_scale(act, calibration[name])
-
-
-def _bytes(weight: Any) -> int:
-    if isinstance(weight, QuantizedTensor):
-        return weight.nbytes_packed
-    return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else 0
-
-
-def skipped(name: str, module: nn.Module, reason: str) -> LayerReport:
-    """The row of a layer that stays as it is."""
-    weight = getattr(module, "weight", None)
-    size, shape = _bytes(weight), tuple(weight.shape) if isinstance(weight, Tensor) else ()
-    dtype = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else ""
-    return LayerReport(name, type(module).__name__, shape, dtype, None, size, size, None, skipped=reason)
-
-
-def _expected_sqnr(fmt: Format) -> float | None:
-    """Below this many dB a layer is worth a second look; common weights give more."""
-    bits = fmt.element.bits // fmt.element.vector
-    if isinstance(fmt.element, FloatElement) and bits == 8:
-        return 20.0
-    return {8: 30.0, 4: 15.0}.get(bits)
-
-
-def _quantized(item: Work, old: Tensor, size: int, sqnr: float | None) -> LayerReport:
-    floor, note = _expected_sqnr(item.scheme.weight), None
-    if sqnr is not None and floor is not None and sqnr < floor:
-        note = f"SQNR below {floor:.0f} dB: outliers? a finer granularity may help"
-    dtype = str(old.dtype).removeprefix("torch.")
-    kind, shape = type(item.module).__name__, tuple(old.shape)
-    return LayerReport(item.name, kind, shape, dtype, item.scheme.spec, _bytes(old), size, sqnr, note=note)

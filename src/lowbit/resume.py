@@ -18,11 +18,12 @@ from lowbit.fold import Scales, rescale_
 from lowbit.formats.base import Planes
 from lowbit.graph import DecoderGraph
 from lowbit.journal import Entry, Journal, fingerprint, fingerprint_of
+from lowbit.linear import BESIDE, beside
 from lowbit.report import LayerReport, Report
 from lowbit.tensor import QuantizedTensor
 
-#: Called with a layer's row of the report, its planes, and the scale of its static activation.
-Put = Callable[[LayerReport, Planes, Tensor | None], None]
+#: Called with a layer's row of the report, its planes, the scale of its static activation, and what lies beside it.
+Put = Callable[[LayerReport, Planes, Tensor | None, dict[str, Tensor]], None]
 ACT_SCALE = "act_scale"
 
 
@@ -67,17 +68,21 @@ class JournalKeeper(Keeper):
             found = {k: t.to(device) for k, t in self._entry.tensors.items() if k.startswith(start)}
             planes = {k.removeprefix(start): t for k, t in found.items()}
             act_scale = planes.pop(ACT_SCALE, None)
-            self._put(LayerReport(**row | {"shape": tuple(row["shape"])}), planes, act_scale)
+            names = {end: f"{row['name']}/{end}" for end in BESIDE}
+            more = {end: self._entry.tensors[n].to(device) for end, n in names.items() if n in self._entry.tensors}
+            self._put(LayerReport(**row | {"shape": tuple(row["shape"])}), planes, act_scale, more)
             self._report.from_journal += 1
 
     def keep(self, block: str) -> None:
         rows = [r for r in self._report.quantized if r.name == block or r.name.startswith(f"{block}.")]
         tensors = {f"{source}/scale": s for source, s in self._scales.items()}
         for row in rows:
-            weight = self._model.get_submodule(row.name).weight
+            module = self._model.get_submodule(row.name)
+            weight = module.weight
             assert isinstance(weight, QuantizedTensor), row.name
             of = weight.planes if weight.act_scale is None else weight.planes | {ACT_SCALE: weight.act_scale}
             tensors |= {f"{row.name}.weight/{plane}": t.detach() for plane, t in of.items()}
+            tensors |= {f"{row.name}/{name}": t.detach() for name, t in beside(module).items()}
         self._journal.append(Entry(tensors, {"layers": [asdict(r) for r in rows], "scales": sorted(self._scales)}))
 
     def _device(self, layer: str) -> torch.device:

@@ -29,6 +29,7 @@ from lowbit.algorithms.qat import fake_quantize
 from lowbit.algorithms.search import stored_scale
 from lowbit.errors import see
 from lowbit.formats.base import Planes, tile_reduce
+from lowbit.linear import QuantizedLinear
 from lowbit.tensor import QuantizedTensor
 
 
@@ -94,10 +95,14 @@ def tune_scales_(
 
 
 class ScaledLinear(nn.Module):
-    """A quantized Linear whose scales are `s exp(gain)`, rounded as they will be stored."""
+    """A quantized Linear whose scales are `s exp(gain)`, rounded as they will be stored.
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
+    `layer`, without its weight, has what lies beside it and the bias, which stay.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, layer: QuantizedLinear | None = None) -> None:
         super().__init__()
+        self.layer = layer
         self.format, self.act, self.bias = weight.format, weight.act, bias
         self.start, self.k = weight.planes, weight.in_features
         scale, self.tile = weight.format.effective_scale(self.start)
@@ -113,9 +118,15 @@ class ScaledLinear(nn.Module):
         return self.format.dequantize(self.planes, self.n, self.k)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.layer is not None:
+            return self.layer.around(x, self.product)
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
         x = x if self.act is None else fake_quantize(x, self.act)
         y: Tensor = _Scaled.apply(x, self.gain, self)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias
+        return y
 
 
 class _Scaled(torch.autograd.Function):
@@ -157,7 +168,9 @@ def _training_copy(model: nn.Module) -> tuple[nn.Module, dict[int, ScaledLinear]
             )
         if isinstance(module, nn.Linear):
             bias = None if module.bias is None else module.bias.detach().float()
-            layer = layers.setdefault(id(weight), ScaledLinear(weight, bias))
+            around = module if isinstance(module, QuantizedLinear) else None
+            module.weight = None  # type: ignore[assignment]
+            layer = layers.setdefault(id(weight), ScaledLinear(weight, bias, around))
             training.set_submodule(name, layer)
         else:
             module.weight = nn.Parameter(weight.dequantize(torch.float32))

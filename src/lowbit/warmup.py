@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.configs import Scheme
 from lowbit.errors import see
 from lowbit.kernels.problem import Problem
 from lowbit.kernels.select import compile_ahead, select
+from lowbit.linear import beside
 from lowbit.ops import problem_of
 from lowbit.tensor import QuantizedTensor
 
@@ -53,7 +53,7 @@ def warmup(
     """Run every kind of quantized Linear of `model` once for each number of tokens.
 
     Afterwards CUDA graphs over the same numbers of tokens can be captured in this process. Compiled code stays on disk,
-    so that later processes only load it. Modules are not called: hooks, gradients and random numbers stay untouched.
+    so that later processes only load it. Hooks are not called: these, gradients and random numbers stay untouched.
 
     Args:
         tokens: values of M. Compilers make special cases of some of them: give those that will run.
@@ -85,10 +85,10 @@ def warmup(
     runs = [(*layer, m) for layer in layers for m in sorted(set(tokens))]
     compile_ahead((weight.device, _problem(weight, m, dtype or weight.dtype)) for _, weight, _, m in runs)
     used: dict[str, set[int]] = {}
-    for i, (name, weight, bias, m) in enumerate(runs):
+    for i, (name, weight, module, m) in enumerate(runs):
         if progress is not None:
             progress(i, len(runs), name)
-        used.setdefault(_run(weight, bias, m, dtype or weight.dtype), set()).add(m)
+        used.setdefault(_run(weight, module, m, dtype or weight.dtype), set()).add(m)
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -97,18 +97,22 @@ def warmup(
     return Warmup(tuple(map(str, devices)), tuple(name for name, *_ in layers), kernels, seconds)
 
 
-def _kinds(model: nn.Module) -> list[tuple[str, QuantizedTensor, Tensor | None]]:
-    """Name, weight and bias of the first quantized Linear of each kind; what is equal runs the same code."""
-    first: dict[tuple[object, ...], tuple[str, QuantizedTensor, Tensor | None]] = {}
+def _kinds(model: nn.Module) -> list[tuple[str, QuantizedTensor, nn.Linear]]:
+    """Name and weight of the first quantized Linear of each kind; what is equal runs the same code."""
+    first: dict[tuple[object, ...], tuple[str, QuantizedTensor, nn.Linear]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and isinstance(weight, QuantizedTensor):
-            stored = [t for t in (*weight.planes.values(), weight.act_scale, module.bias) if t is not None]
+            stored = [
+                t
+                for t in (*weight.planes.values(), weight.act_scale, module.bias, *beside(module).values())
+                if t is not None
+            ]
             kind = (
-                Scheme(weight.format, weight.act).spec, weight.out_features, weight.in_features, weight.dtype,
-                weight.device, *map(_layout, stored),
+                type(module), Scheme(weight.format, weight.act).spec, weight.out_features, weight.in_features,
+                weight.dtype, weight.device, *map(_layout, stored),
             )  # fmt: skip
-            first.setdefault(kind, (name, weight, module.bias))
+            first.setdefault(kind, (name, weight, module))
     return list(first.values())
 
 
@@ -123,8 +127,8 @@ def _problem(weight: QuantizedTensor, m: int, dtype: torch.dtype) -> Problem:
 
 
 @torch.no_grad()
-def _run(weight: QuantizedTensor, bias: Tensor | None, m: int, dtype: torch.dtype) -> str:
-    """One matmul as a layer calls it; returns the kernel's name."""
+def _run(weight: QuantizedTensor, module: nn.Linear, m: int, dtype: torch.dtype) -> str:
+    """A layer without its hooks; returns the kernel's name."""
     x = torch.ones(m, weight.in_features, dtype=dtype, device=weight.device)
-    F.linear(x, weight, bias)
+    type(module).forward(module, x)
     return select(_problem(weight, m, dtype)).kernel.name

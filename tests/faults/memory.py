@@ -63,7 +63,7 @@ def run_loading(cases: int, directory: Path) -> Outcome:
 
 def _quantize_and_fail(model: nn.Module, algorithm: str, k: int, error: type[BaseException], **options: Any) -> str:
     """What is said when layer number `k` has taken memory and got no more."""
-    real, left = quantizing._quantize_weight, iter(range(k))
+    real, left = quantizing.quantize_weight, iter(range(k))
 
     def fails(*arguments: Any) -> Any:
         made = real(*arguments)
@@ -72,7 +72,7 @@ def _quantize_and_fail(model: nn.Module, algorithm: str, k: int, error: type[Bas
         return made
 
     batches = [tiny_ids()] if algorithm == "gptq" else None
-    with mock.patch.object(quantizing, "_quantize_weight", fails):
+    with mock.patch.object(quantizing, "quantize_weight", fails):
         try:
             quantize_(model, "int4wo-16", algorithm=algorithm, batches=batches, **options)  # type: ignore[arg-type]
         except (torch.OutOfMemoryError, KeyboardInterrupt) as raised:

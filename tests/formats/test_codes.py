@@ -87,7 +87,7 @@ def test_fp4_is_a_float_of_twelfths() -> None:
     assert np.abs(np.concatenate([twelfths, -twelfths]) - FP4).max() < 1e-7
 
 
-@pytest.mark.parametrize("spec", ["nf4:g64", "fp4:g64", "codebook4:g64", "codebook4v2:g64"])
+@pytest.mark.parametrize("spec", ["nf4:g64", "fp4:g64", "codebook4:g64", "codebook4v2:g64", "codebook2v4:g64"])
 def test_every_entry_of_a_table_is_its_own_nearest(spec: str) -> None:
     fmt = parse_format(spec)
     table = fmt.quantize(weights("normal", 64, 256))["codebook"].float()

@@ -116,7 +116,7 @@ def test_signal_to_noise(fmt: Format, kind: str) -> None:
     ("int8:g128", "int4:g128"), ("int5:g128", "int4:g128"), ("int4:g32", "int4:g128"), ("int4:g128", "int4:row"),
     ("int3:g64", "int2:g64"), ("int6:g64:asym", "int4:g64:asym"), ("nf4:g64", "fp4:g64"), ("nvfp4", "mxfp4"),
     ("mxfp8_e4m3", "mxfp8_e5m2"), ("mxfp6_e2m3", "mxfp4"), ("codebook4:g64", "nf4:g64"),
-    ("codebook4v2:g64", "codebook3:g64"),
+    ("codebook4v2:g64", "codebook3:g64"), ("codebook2v4:g64", "codebook2:g64"),
 ])  # fmt: skip
 def test_more_bits_mean_less_error(finer: str, coarser: str) -> None:
     w = weights("normal", 256, 1024)

@@ -52,6 +52,19 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(w, right[name]), name
 
 
+@pytest.mark.parametrize("algorithm", ["rtn+lowrank-4", "incoherence+rtn"])
+def test_what_lies_beside_weights_is_written_and_read(algorithm: str, source: Path, tmp_path: Path) -> None:
+    """Dropped without a word, it would leave a model that computes something else."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    quantize_(model, {"re:model.layers.*": "int3wo-64"}, algorithm=algorithm)
+    lowbit.save(model, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same(again, model)
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "twice")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "twice"), model)
+
+
 # On the fly -----------------------------------------------------------------------------------------------------------
 
 

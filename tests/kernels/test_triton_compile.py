@@ -24,6 +24,7 @@ from lowbit.kernels.triton import (
     dequant,
     gemv,
     greedy,
+    hadamard,
     row_quant,
     scaled_mm,
     weight_only,
@@ -206,7 +207,7 @@ def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytes
     """For the shapes of known models in bf16, and fp16 with odd ones; started early where the GPU can do that."""
     if early and arch < 90:
         pytest.skip("kernels start early from compute capability 9.0 on")
-    modules = [between, decode_attention, gemv, greedy]
+    modules = [between, decode_attention, gemv, greedy, hadamard]
     for module in modules:
         options = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
         monkeypatch.setattr(module, "early_options", lambda device, options=options: options)
@@ -237,6 +238,14 @@ def test_kernels_of_a_decoder_compile(arch: int, early: bool, monkeypatch: pytes
                 greedy.take_greedy(x, counters[:1].long(), counters[:1], counters[None].long(), counters, 1)
 
             launches += launches_of(monkeypatch, modules, run)
+    for k, dtype in ((4096, torch.bfloat16), (14336, torch.bfloat16), (11008, torch.float16), (1536, torch.float32)):
+        x, signs = torch.empty(5, k, dtype=dtype), torch.empty(k, dtype=torch.int8)
+
+        def turn(x=x, signs=signs) -> None:
+            hadamard.hadamard(x, signs, False)
+            hadamard.hadamard(x, signs, True)
+
+        launches += launches_of(monkeypatch, modules, turn)
     compiled = compile_all(launches, arch)
     assert len(compiled) >= 18
     for c in compiled:

@@ -18,6 +18,7 @@ from cases import KINDS, sqnr_db, weights
 from lowbit import decoder_ops
 from lowbit.formats import parse_format
 from lowbit.formats.activation import parse_activation
+from lowbit.kernels.hadamard import transformed
 from lowbit.kernels.triton import (
     act_quant,
     between,
@@ -25,6 +26,7 @@ from lowbit.kernels.triton import (
     dequant,
     gemv,
     greedy,
+    hadamard,
     row_quant,
     scaled_mm,
     weight_only,
@@ -33,7 +35,8 @@ from lowbit.kernels.triton.act_rules import rule_of
 
 FORMATS = (
     "int4:g128", "int3:g64", "int2:g32:asym", "int1:g64:asym", "int8:row", "int8:b128x128", "int7:row", "nf4:g64:dq",
-    "codebook4v2:g64", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "float8_e4m3:b128x128", "float8_e5m2:tensor",
+    "codebook4v2:g64", "codebook2v4:g64", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "float8_e4m3:b128x128",
+    "float8_e5m2:tensor",
 )  # fmt: skip
 ACTIVATIONS = (
     "float8_e4m3:row", "float8_e5m2:row", "float8_e4m3:tensor", "int8:row", "int8:row:asym", "int8:tensor@static",
@@ -146,6 +149,19 @@ def check_norms(width: str) -> None:
     close(between.silu_mul(even), decoder_ops.silu_mul(even.double()), "silu")
 
 
+def check_hadamard(width: str) -> None:
+    """The bits of the definition where rows are a power of two; `tl.dot` adds in an order of its own."""
+    k = int(width)
+    x, signs = weights("normal", 3, k), (torch.arange(k) % 3 - 1).sign().to(torch.int8) | 1
+    assert hadamard.hadamard(x[:0], signs, False).shape == (0, k)
+    for s in (None, signs):
+        for inverse in (False, True):
+            for dtype in (torch.float32, torch.float16):
+                got, wanted = hadamard.hadamard(x.to(dtype), s, inverse), transformed(x.to(dtype), s, inverse)
+                near = 0.0 if k & (k - 1) == 0 else 1e-5 if dtype == torch.float32 else 1e-2
+                assert float((got - wanted).abs().max()) <= near, f"{dtype} inverse={inverse}"
+
+
 def check_gemv(shape: str) -> None:
     n, k = map(int, shape.split("x"))
     x, w, bias = weights("normal", 1, k), weights("normal", n, k, seed=1), torch.linspace(-1, 1, n)
@@ -217,6 +233,7 @@ def main() -> int:
     groups: list[tuple[Callable[[str], None], tuple[str, ...]]] = [
         (check_weights, FORMATS), (check_activation, ACTIVATIONS), (check_fused, AFTER), (check_exact_norm, EXACT),
         (check_int8, ("int8:row", "int8:tensor")), (check_norms, ("96", "2048", "4097")),
+        (check_hadamard, ("1", "2", "256", "96", "576", "24")),
         (check_gemv, ("9x1000", "4x4096")), (check_attention, ATTENTIONS),
         (check_greedy, ("1x2048", "2x5000", "3x130")),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ transformers would warn of missing weights and go on with random ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.checkpoints.files import TensorInfo
 from lowbit.checkpoints.manifest import VERSION, StoredWeight
 from lowbit.formats.base import Plane, Tile
+from lowbit.linear import BESIDE
 
 #: The name under which leaves speak of the calibrated scale of a static activation.
 ACT_SCALE = "act_scale"
@@ -59,7 +60,18 @@ def canonical_leaves(parameter: str, w: StoredWeight) -> list[Leaf]:
     return leaves
 
 
-def canonical_section(weights: Mapping[str, StoredWeight]) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint in lowbit's own convention."""
-    formats = {name: w.spec for name, w in weights.items()}
-    return {"quant_method": METHOD, "format_version": VERSION, "weights": formats}
+def canonical_section(weights: Mapping[str, StoredWeight], names: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint in lowbit's own convention, which has tensors of these `names`.
+
+    What lies beside weights is listed, so that a reader that knows nothing of it meets a key that it does not know.
+    """
+    section = {"quant_method": METHOD, "format_version": VERSION, "weights": {n: w.spec for n, w in weights.items()}}
+    more = beside_in(names, weights)
+    return section | ({"beside": more} if more else {})
+
+
+def beside_in(names: Iterable[str], weights: Iterable[str]) -> dict[str, list[str]]:
+    """Of the `names` of stored tensors, what lies beside quantized weights, by layer."""
+    known, layers = set(names), sorted(w.removesuffix(".weight") for w in weights)
+    found = {layer: [end for end in BESIDE if f"{layer}.{end}" in known] for layer in layers}
+    return {layer: ends for layer, ends in found.items() if ends}

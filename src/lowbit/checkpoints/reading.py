@@ -29,6 +29,7 @@ from lowbit.checkpoints.files import (
 from lowbit.checkpoints.foreign import Reader
 from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
 from lowbit.checkpoints.manifest import Manifest, Record, StoredWeight, parse_spec
+from lowbit.linear import beside, misfit_beside, why_nothing_beside
 from lowbit.tensor import QuantizedTensor
 
 #: `quant_method` -> what makes a reader of the config.
@@ -60,6 +61,8 @@ class Checkpoint:
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     leaves: dict[str, list[Leaf]] = field(default_factory=dict)
     plain: dict[str, TensorInfo] = field(default_factory=dict)
+    #: What lies beside the weights of layers: tensors of `plain` by their names in a `QuantizedLinear`.
+    beside: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -172,7 +175,7 @@ class Checkpoint:
     def _canonical(self, section: Mapping[str, Any] | None) -> None:
         weights = self.record.weights if self.record else {}
         found = {} if section is None else section
-        expected = own.canonical_section(weights) if weights else {}
+        expected = own.canonical_section(weights, self.files.info) if weights else {}
         for key in sorted(set(found) | set(expected)):
             if key == "weights" and isinstance(found.get(key), Mapping):
                 for name in sorted(set(found[key]) | set(weights)):
@@ -240,6 +243,11 @@ class Checkpoint:
                 self.plain[name] = info
                 if self.manifest and name not in expected:
                     self.problems.append(f"{file[name]}: tensor {name} is not part of this checkpoint")
+        for layer, ends in own.beside_in(self.plain, self.weights).items():
+            self.beside[layer] = {end: self.plain[f"{layer}.{end}"] for end in ends}
+            w, infos = self.weights[f"{layer}.weight"], {e: (i.dtype, i.shape) for e, i in self.beside[layer].items()}
+            if (problem := misfit_beside(w.n, w.k, infos)) is not None:
+                self.problems.append(f"{layer}: {problem}")
 
     def _compare_values(self, parameter: str, leaf: Leaf) -> None:
         """Tensors that say again what is known."""
@@ -280,6 +288,22 @@ def _widens(found: TensorInfo, expected: TensorInfo) -> bool:
         and expected.dtype == torch.float32
         and found.dtype in (torch.bfloat16, torch.float16)
     )
+
+
+def to_be_beside(checkpoint: Checkpoint, model: nn.Module, problems: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Empty tensors for what lies beside weights in the checkpoint and not in the model, by layer; `problems` gets
+    layers that cannot have that. Without it a layer would compute something else, strict or not."""
+    found, layers = dict[str, dict[str, Tensor]](), dict(model.named_modules())
+    for layer, infos in checkpoint.beside.items():
+        module = layers.get(layer)
+        if module is None or beside(module):
+            continue
+        if (reason := why_nothing_beside(module)) is not None:
+            problems.append(f"{layer} has {', '.join(infos)} in the checkpoint: {reason}")
+            continue
+        device = module.weight.device
+        found[layer] = {n: torch.empty(i.shape, dtype=i.dtype, device=device) for n, i in infos.items()}  # type: ignore[arg-type]
+    return found
 
 
 def misfits(checkpoint: Checkpoint, model: nn.Module, targets: Mapping[str, Any], strict: bool) -> list[str]:

@@ -25,6 +25,7 @@ from lowbit.checkpoints.files import (
 )
 from lowbit.checkpoints.leaves import ACT_SCALE, Leaf
 from lowbit.checkpoints.manifest import LOGICAL_DTYPES, Manifest, StoredWeight, parse_spec
+from lowbit.linear import beside
 from lowbit.tensor import QuantizedTensor
 
 
@@ -68,7 +69,7 @@ def plan(model: nn.Module, path: Path) -> Plan:
         names = [name.removesuffix(".weight") for name in weights]
         by_class = all(type(layers[name]) is nn.Linear for name in names) and not _has_experts(model)
         return Plan(tensors, weights, tied, section(weights, _plain_linears(model), by_class))
-    return Plan(tensors, weights, tied, own.canonical_section(weights))
+    return Plan(tensors, weights, tied, own.canonical_section(weights, tensors))
 
 
 def replaceable(path: Path) -> list[str]:
@@ -150,9 +151,12 @@ def _bad_scales(name: str, w: QuantizedTensor) -> list[str]:
 
 
 def _only_linear(layers: Mapping[str, nn.Module], parameter: str, tied: Mapping[str, str]) -> bool:
-    """Whether a parameter is the weight of one Linear and nothing else, the only place where engines look for codes."""
+    """Whether a parameter is the weight of one Linear and nothing else, the only place where engines look for codes,
+    and all that the layer multiplies by."""
     layer, _, leaf = parameter.rpartition(".")
-    return bool(layer) and leaf == "weight" and isinstance(layers[layer], nn.Linear) and parameter not in tied.values()
+    if not layer or leaf != "weight" or parameter in tied.values():
+        return False
+    return isinstance(layers[layer], nn.Linear) and not beside(layers[layer])
 
 
 def _source(leaf: Leaf, w: QuantizedTensor) -> Tensor:

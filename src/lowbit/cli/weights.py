@@ -34,7 +34,7 @@ from lowbit.errors import see
 from lowbit.explain import explain as explain_model
 from lowbit.models.llama import Llama
 from lowbit.quantize import quantize_
-from lowbit.recipe import ROUNDINGS, STEPS, parse_recipe
+from lowbit.recipe import LOWRANK, ROUNDINGS, STEPS, parse_recipe
 from lowbit.report import LayerReport
 from lowbit.report import Report as QuantizeReport
 from lowbit.rules import Rule
@@ -69,8 +69,8 @@ def quantize(
         typer.Option(
             "--algorithm",
             "-a",
-            help=f"How values are chosen: {', '.join(ROUNDINGS)}; before it, joined by +, any of {', '.join(STEPS)}. "
-            "Default: what --rules says, else rtn.",
+            help=f"How values are chosen: {', '.join(ROUNDINGS)}; before it, joined by +, any of {', '.join(STEPS)}; "
+            f"behind it, {LOWRANK} or {LOWRANK}-RANK. Default: what --rules says, else rtn.",
         ),
     ] = None,
     calibration: Annotated[
@@ -112,7 +112,7 @@ def quantize(
     asked = {n: a for n, a in algorithms.items() if words.get(n) is not None} or (algorithm or "rtn")
     recipes = [parse_recipe(a) for a in (asked.values() if isinstance(asked, dict) else (asked,))]
     loaded, batches = source.model(parse_dtype(dtype)), None
-    if any(r.needs_batches for r in recipes):
+    if any(r.takes_batches for r in recipes):
         batches = calibration_batches(source, loaded, calibration, calibration_tokens, device)
     report = quantize_as_asked(
         source, loaded, rules_for(loaded, config, words), device, algorithm=asked, batches=batches, journal=journal

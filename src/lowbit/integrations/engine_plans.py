@@ -179,6 +179,9 @@ def plan_of_section(config: Mapping[str, Any], added: Iterable[str] = ()) -> Pla
     try:
         if method == ct.METHOD:
             return Standard(Section(rest))
+        if method == own.METHOD and (more := rest.get("beside")):
+            layer, ends = next(iter(more.items()))
+            raise ValueError(f"{layer} has {', '.join(ends)} beside its weight, which engines do not run")
         if method == own.METHOD and rest.keys() == {"format_version", "weights"} and rest["format_version"] == VERSION:
             return Own(rest["weights"])
     except (ValueError, TypeError) as error:

@@ -37,7 +37,8 @@ from lowbit.checkpoints.writing import plan as plan_files
 from lowbit.configs import Config
 from lowbit.errors import see
 from lowbit.integrations.transformers_conversions import Assemble, Quantize, ends_with, is_ours, rename, renamed
-from lowbit.quantize import quantize_layer_, skipped
+from lowbit.linear import put_beside_, why_nothing_beside
+from lowbit.quantize_layer import quantize_layer_, skipped
 from lowbit.report import LayerReport, Report
 from lowbit.rules import QUANTIZABLE, FqnToConfig, Rule, is_linear, plan_of, why_not
 from lowbit.specs import parse_config
@@ -251,6 +252,10 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             self.stored[known] = name
             module = model.get_submodule(known.removesuffix(".weight"))
+            if (more := self.checkpoint.beside.get(name.removesuffix(".weight"))) is not None:
+                if (reason := why_nothing_beside(module)) is not None:
+                    raise CheckpointError(directory, [f"{name} has {', '.join(more)} beside it: {reason}"])
+                put_beside_(module, {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in more.items()})
             if self.checkpoint.weights[name].act is not None and not isinstance(module, nn.Linear):
                 kind = type(module).__name__
                 raise CheckpointError(

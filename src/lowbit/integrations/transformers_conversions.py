@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps, WeightRenaming
 from lowbit.checkpoints import leaves as own
 from lowbit.checkpoints.reading import Checkpoint
 from lowbit.configs import Config
-from lowbit.quantize import quantize_layer_
+from lowbit.quantize_layer import quantize_layer_
 from lowbit.report import Report
 
 
@@ -100,7 +100,11 @@ def renamed(section: Mapping[str, Any], file_name: Callable[[str], str]) -> dict
         return list(dict.fromkeys([*names, *layers]))
 
     if section["quant_method"] == own.METHOD:
-        return {**section, "weights": {file_name(name): spec for name, spec in section["weights"].items()}}
+        section = {**section, "weights": {file_name(name): spec for name, spec in section["weights"].items()}}
+        if "beside" in section:
+            ends = {file_name(f"{n}.weight").removesuffix(".weight"): e for n, e in section["beside"].items()}
+            section["beside"] = dict(sorted(ends.items()))
+        return section
     groups = {
         key: {**group, "targets": group["targets"] if group["targets"] == ["Linear"] else both(group["targets"])}
         for key, group in section["config_groups"].items()

@@ -65,12 +65,18 @@ def unfuse_projections_(model: Llama) -> None:
     """Take the joint projections apart again, in place: the model of before, with every bit.
 
     Raises:
-        ValueError: a joint weight was quantized in tiles of rows that reach over the end of a part.
+        ValueError: a joint weight was quantized in tiles of rows that reach over the end of a part, or has a low-rank
+            term.
     """
-    for _, owner, joint, parts in _groups(model):
+    for name, owner, joint, parts in _groups(model):
         fused = getattr(owner, joint)
         if fused is None:
             continue
+        if type(fused) is not nn.Linear:
+            raise ValueError(
+                f"unfuse_projections_: {name}.{joint} is more than a Linear ({type(fused).__name__}); quantize the "
+                "model before its projections are fused" + see("op-not-defined")
+            )
         sizes = owner.sizes if isinstance(owner, Attention) else [fused.out_features // 2] * 2
         weights = fused.weight.detach().split(sizes)
         biases = [None] * len(parts) if fused.bias is None else fused.bias.detach().split(sizes)

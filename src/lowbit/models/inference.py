@@ -200,7 +200,7 @@ def _mlp(mlp: MLP, h: Tensor | Quantized) -> Tensor:
         parts = h.view(1, -1, h.shape[-1]).split(TOKENS, dim=1)
         return torch.cat([_mlp(mlp, part) for part in parts], dim=1).view(h.shape)
     fused = mlp.gate_up_proj
-    if fused is not None and isinstance(w := fused.weight, QuantizedTensor) and not _is_watched(fused):
+    if type(fused) is nn.Linear and isinstance(w := fused.weight, QuantizedTensor) and not _is_watched(fused):
         given = h if isinstance(h, Tensor) else h.operand
         if fuses_silu_mul(_problem(w, given, h.dtype)):
             return linear(mlp.down_proj, _gated(fused, w, h))

@@ -25,7 +25,8 @@ from lowbit.calibrate import Moments, blocks_of, run_blocks
 from lowbit.errors import see
 from lowbit.fold import awq_
 from lowbit.graph import Layer, decoder_graph
-from lowbit.quantize import quantize_, quantize_layer_
+from lowbit.quantize import quantize_
+from lowbit.quantize_layer import quantize_layer_
 from lowbit.recipe import Recipe, parse_recipe
 from lowbit.rules import why_not
 from lowbit.specs import parse_config
@@ -287,10 +288,10 @@ def quantized(
 
 def _checked_recipes(algorithms: Sequence[str], batches: Sequence[Tensor] | None) -> dict[str, Recipe]:
     recipes = {word: parse_recipe(word) for word in algorithms}
-    if wide := [w for w, r in recipes.items() if set(r.steps) - {"awq"}]:
+    if wide := [w for w, r in recipes.items() if set(r.steps) - {"awq"} or r.rank]:
         raise ValueError(
-            f"autoquant: {wide[0]!r} changes whole blocks or the whole model, not a group; of steps, offer 'awq' alone"
-            + see("bad-option")
+            f"autoquant: {wide[0]!r} changes whole blocks or the whole model, or more than weights; beside a rounding, "
+            "offer 'awq' alone" + see("bad-option")
         )
     needy = [w for w, r in recipes.items() if r.needs_batches]
     if bool(needy) != (batches is not None):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.formats.base import Format
-from lowbit.quantize import sqnr_db
+from lowbit.quantize_layer import sqnr_db
 from lowbit.rules import QUANTIZABLE
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor

@@ -494,6 +494,57 @@ void lowbit_dequantize(const struct weight *w, int64_t start, int64_t stop, void
     }
 }
 
+/* Sums and differences of the pairs at distance h of n numbers. */
+static inline __attribute__((always_inline)) void butterflies(float *restrict v, int64_t n, int64_t h) {
+    for (int64_t i = 0; i < n; i += 2 * h)
+        for (int64_t j = i; j < i + h; j++) {
+            float a = v[j], b = v[j + h];
+            v[j] = a + b;
+            v[j + h] = a - b;
+        }
+}
+
+/* The Hadamard transform of n numbers, a power of two, times sqrt(n). Distances that are shorter than a register are
+   constants, so that the compiler makes shuffles of them. */
+static void hadamard_row(float *v, int64_t n) {
+    if (n > 1) butterflies(v, n, 1);
+    if (n > 2) butterflies(v, n, 2);
+    if (n > 4) butterflies(v, n, 4);
+    if (n > 8) butterflies(v, n, 8);
+    for (int64_t h = 16; h < n; h *= 2) butterflies(v, n, h);
+}
+
+/* One row of odd * two numbers, in place: the transform of every `two`, then mixing (odd, odd) of these. */
+static void hadamard_mixed(float *v, float *restrict mixed, int64_t odd, int64_t two, const float *mixing) {
+    for (int64_t i = 0; i < odd; i++) hadamard_row(v + i * two, two);
+    if (odd == 1) return;
+    memset(mixed, 0, (size_t)(odd * two) * 4);
+    for (int64_t i = 0; i < odd; i++)
+        for (int64_t j = 0; j < odd; j++)
+            for (int64_t c = 0; c < two; c++) mixed[i * two + c] += mixing[i * odd + j] * v[j * two + c];
+    memcpy(v, mixed, (size_t)(odd * two) * 4);
+}
+
+/* Rows of x (m, odd * two), fp32 or bf16, times signs (or null) before or, inverse, behind the transform. */
+void lowbit_hadamard(const void *x, int64_t bf16, int64_t m, int64_t odd, int64_t two, const float *mixing, const int8_t *signs,
+                     int64_t inverse, float scale, void *out, float *scratch, int64_t threads) {
+    int64_t k = odd * two, step = (m + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (m * k > 16384)
+    for (int64_t t = 0; t < threads; t++) {
+        float *v = scratch + t * 2 * k;
+        for (int64_t row = t * step; row < least((t + 1) * step, m); row++) {
+            if (bf16) for (int64_t i = 0; i < k; i++) v[i] = from_bf16(((const uint16_t *)x)[row * k + i]);
+            else memcpy(v, (const float *)x + row * k, (size_t)k * 4);
+            if (signs && !inverse) for (int64_t i = 0; i < k; i++) v[i] *= signs[i];
+            hadamard_mixed(v, v + k, odd, two, mixing);
+            for (int64_t i = 0; i < k; i++) v[i] *= scale;
+            if (signs && inverse) for (int64_t i = 0; i < k; i++) v[i] *= signs[i];
+            if (bf16) to_bf16(v, (uint16_t *)out + row * k, k);
+            else memcpy((float *)out + row * k, v, (size_t)k * 4);
+        }
+    }
+}
+
 static inline float element(const void *x, int64_t bf16, int64_t i) {
     return bf16 ? from_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }

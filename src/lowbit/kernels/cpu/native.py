@@ -23,6 +23,7 @@ from lowbit.cache import cache_dir
 from lowbit.formats.base import Format
 from lowbit.formats.elements import Element, FloatElement, IntElement
 from lowbit.kernels.blocked import split_input
+from lowbit.kernels.hadamard import factors, hartley, transformed
 from lowbit.kernels.problem import Operand, Problem
 
 # No contraction to fused multiply-adds in the decoder: weights come out bit-equal to `Format.dequantize`.
@@ -70,6 +71,11 @@ def _library() -> ctypes.CDLL | str:
     library.lowbit_linear.argtypes = (pointer, integer, pointer, pointer, pointer, integer, integer)
     library.lowbit_dequantize.argtypes = (pointer, integer, integer, pointer, integer, pointer, integer, integer)
     library.lowbit_linear.restype = library.lowbit_dequantize.restype = None
+    library.lowbit_hadamard.argtypes = (
+        pointer, integer, integer, integer, integer, pointer, pointer, integer, ctypes.c_float, pointer, pointer,
+        integer,
+    )  # fmt: skip
+    library.lowbit_hadamard.restype = None
     quantize = library.lowbit_quantize_rows
     quantize.argtypes = (integer, pointer, integer, integer, integer, ctypes.c_float, pointer, pointer, integer)
     quantize.restype = integer
@@ -190,6 +196,25 @@ def quantize_rows(x: Tensor, act: str, codes: bool = False) -> tuple[Tensor, Ten
         0 if codes else kind, x.data_ptr(), bf16, m, k, top, *to, torch.get_num_threads()
     )
     return None if left else (out, scale)
+
+
+def hadamard(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
+    """What `transformed` gives for `x (..., K)`, bit by bit where K is a power of two."""
+    library = _library()
+    if not isinstance(library, ctypes.CDLL) or x.dtype == torch.float64 or not x.numel():
+        return transformed(x, signs, inverse)
+    k, threads = x.shape[-1], torch.get_num_threads()
+    odd, two = factors(k)
+    given = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+    signs = None if signs is None else signs.contiguous()
+    out, scratch = torch.empty_like(given), torch.empty(threads * 2 * k, dtype=torch.float32)
+    rows, mixing = given.numel() // k, hartley(odd, x.device)
+    library.lowbit_hadamard(
+        given.data_ptr(), int(given.dtype == torch.bfloat16), rows, odd, two, mixing.data_ptr(),
+        None if signs is None else signs.data_ptr(), int(inverse), two**-0.5, out.data_ptr(), scratch.data_ptr(),
+        threads,
+    )  # fmt: skip
+    return out.to(x.dtype)
 
 
 @cache
