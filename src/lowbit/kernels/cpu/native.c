@@ -240,7 +240,7 @@ enum fused { NOT_FUSED, BITS_1, BITS_2, BITS_3, BITS_4, SIGNED_BYTES, FLOAT_BYTE
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 static enum fused fused_kind(const struct weight *w) {
-    if (w->vector != 1 || group_of(w) % 16 && w->scale_k) return NOT_FUSED;
+    if (w->vector != 1 || (group_of(w) % 16 && w->scale_k)) return NOT_FUSED;
     if (!w->table) return SIGNED_BYTES;
     if (w->float_scale != 0) return FLOAT_BYTES;
     if (w->planes == 1) return w->width[0] == 1 ? BITS_1 : w->width[0] == 2 ? BITS_2 : w->width[0] == 4 ? BITS_4 : NOT_FUSED;
@@ -289,18 +289,44 @@ static inline float added(sixteen v) {
 }
 #endif
 
-/* Levels of the codes i to i + 15 of a row whose planes begin at `p`; those of floats lack the factor float_scale. */
-static inline __attribute__((always_inline)) sixteen sixteen_levels(enum fused kind, const uint8_t *const *p, int64_t i,
-                                                                     table16 t, __m128i shift) {
+/* A row that is decoded in registers: where its codes lie, what makes levels of them, and its scales and zeros. From
+   `whole` on, where there are no sixteen any more, its levels are in `level`. */
+struct reading {
+    const uint8_t *p[2];
+    table16 table;
+    __m128i shift;
+    int64_t group, whole;
+    float *level, *scale, *zero;
+};
+
+static inline __attribute__((always_inline)) struct reading begin_row(enum fused kind, const struct weight *w, int64_t row,
+                                                                      float *scratch) {
+    float *scale = scales_of(w, scratch);
+    struct reading r = {
+        .p = {w->codes[0] + row * w->stride[0], w->planes > 1 ? w->codes[1] + row * w->stride[1] : 0},
+        /* without tables never used, but 16 floats are read */
+        .table = load_table16(kind != SIGNED_BYTES && kind != FLOAT_BYTES ? w->levels : scratch),
+        .shift = _mm_cvtsi64_si128(w->float_shift),
+        .group = group_of(w), .whole = w->k / 16 * 16,
+        .level = scratch, .scale = scale, .zero = scale + w->scale_columns,
+    };
+    if (r.whole < w->k) row_levels(w, row, r.level);
+    row_scales(w, row, r.scale, r.zero);
+    return r;
+}
+
+/* Levels of the codes i to i + 15; those of floats lack the factor float_scale. */
+static inline __attribute__((always_inline)) sixteen sixteen_levels(enum fused kind, const struct reading *r, int64_t i) {
+    const uint8_t *const *p = r->p;
     if (kind == BITS_4) {
         __m128i b = _mm_loadl_epi64((const __m128i *)(p[0] + i / 2)), mask = _mm_set1_epi8(15);
-        return looked_up(_mm_unpacklo_epi8(_mm_and_si128(b, mask), _mm_and_si128(_mm_srli_epi16(b, 4), mask)), t);
+        return looked_up(_mm_unpacklo_epi8(_mm_and_si128(b, mask), _mm_and_si128(_mm_srli_epi16(b, 4), mask)), r->table);
     }
     if (kind == SIGNED_BYTES) return from_bytes(_mm_loadu_si128((const __m128i *)(p[0] + i)));
     if (kind == FLOAT_BYTES) {
         __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p[0] + i)));
         __m256i sign = _mm256_slli_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x80)), 8);
-        return from_halves(_mm256_or_si256(sign, _mm256_sll_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x7f)), shift)));
+        return from_halves(_mm256_or_si256(sign, _mm256_sll_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x7f)), r->shift)));
     }
     int width = kind == BITS_1 ? 1 : 2;
     uint64_t low = eight_codes(p[0] + i * width / 8, width), high = eight_codes(p[0] + i * width / 8 + width, width);
@@ -308,38 +334,31 @@ static inline __attribute__((always_inline)) sixteen sixteen_levels(enum fused k
         low |= eight_codes(p[1] + i / 8, 1) << 2;
         high |= eight_codes(p[1] + i / 8 + 1, 1) << 2;
     }
-    return looked_up(_mm_set_epi64x((long long)high, (long long)low), t);
+    return looked_up(_mm_set_epi64x((long long)high, (long long)low), r->table);
 }
 
 /* The product of a row with one token, as the sum over groups of scale * (sum level * x - zero * sum x), levels never
    leaving the registers; `sums` has sum x. */
 static inline __attribute__((always_inline)) float fused_dot(enum fused kind, const struct weight *w, int64_t row,
                                                              const float *restrict x, float *scratch, const float *sums) {
-    float *level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns, rest = 0;
-    float factor = kind == FLOAT_BYTES ? w->float_scale : 1;
-    const uint8_t *p[2] = {w->codes[0] + row * w->stride[0], w->planes > 1 ? w->codes[1] + row * w->stride[1] : 0};
-    int tables = kind != SIGNED_BYTES && kind != FLOAT_BYTES;
-    table16 t = load_table16(tables ? w->levels : scratch); /* without tables never used, but 16 floats are read */
-    __m128i shift = _mm_cvtsi64_si128(w->float_shift);
-    int64_t group = group_of(w), whole = w->k / 16 * 16;
-    if (whole < w->k) row_levels(w, row, level);
-    row_scales(w, row, scale, zero);
+    struct reading r = begin_row(kind, w, row, scratch);
+    float factor = kind == FLOAT_BYTES ? w->float_scale : 1, rest = 0;
     sixteen total = none();
-    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
-        int64_t i = a, b = least(a + group, w->k), end = least(b, whole);
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += r.group) {
+        int64_t i = a, b = least(a + r.group, w->k), end = least(b, r.whole);
         sixteen sum = none();
         if (kind == BITS_4)
             for (; i + 32 <= end; i += 32) { /* two vectors from one load */
-                __m128i bytes = _mm_loadu_si128((const __m128i *)(p[0] + i / 2)), mask = _mm_set1_epi8(15);
+                __m128i bytes = _mm_loadu_si128((const __m128i *)(r.p[0] + i / 2)), mask = _mm_set1_epi8(15);
                 __m128i even = _mm_and_si128(bytes, mask), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-                sum = add_product(sum, looked_up(_mm_unpacklo_epi8(even, odd), t), x + i);
-                sum = add_product(sum, looked_up(_mm_unpackhi_epi8(even, odd), t), x + i + 16);
+                sum = add_product(sum, looked_up(_mm_unpacklo_epi8(even, odd), r.table), x + i);
+                sum = add_product(sum, looked_up(_mm_unpackhi_epi8(even, odd), r.table), x + i + 16);
             }
-        for (; i < end; i += 16) sum = add_product(sum, sixteen_levels(kind, p, i, t, shift), x + i);
-        total = add_scaled(total, sum, scale[c] * factor);
+        for (; i < end; i += 16) sum = add_product(sum, sixteen_levels(kind, &r, i), x + i);
+        total = add_scaled(total, sum, r.scale[c] * factor);
         float tail = 0;
-        for (; i < b; i++) tail += level[i] * x[i];
-        rest += scale[c] * (tail - zero[c] * sums[c]);
+        for (; i < b; i++) tail += r.level[i] * x[i];
+        rest += r.scale[c] * (tail - r.zero[c] * sums[c]);
     }
     return added(total) + rest;
 }
@@ -430,29 +449,23 @@ static void to_bf16(const float *restrict in, uint16_t *restrict out, int64_t co
 /* `decode_row` and `to_bf16` with levels in registers. */
 static inline __attribute__((always_inline)) void fused_bf16(enum fused kind, const struct weight *w, int64_t row, float *scratch,
                                                              uint16_t *restrict out) {
-    float *level = scratch, *scale = scales_of(w, scratch), *zero = scale + w->scale_columns;
-    const uint8_t *p[2] = {w->codes[0] + row * w->stride[0], w->planes > 1 ? w->codes[1] + row * w->stride[1] : 0};
-    table16 t = load_table16(kind != SIGNED_BYTES && kind != FLOAT_BYTES ? w->levels : scratch);
+    struct reading r = begin_row(kind, w, row, scratch);
     __m512 factor = _mm512_set1_ps(w->float_scale);
     __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
-    __m128i shift = _mm_cvtsi64_si128(w->float_shift);
-    int64_t group = group_of(w), whole = w->k / 16 * 16;
-    if (whole < w->k) row_levels(w, row, level);
-    row_scales(w, row, scale, zero);
-    for (int64_t c = 0, a = 0; a < w->k; c++, a += group) {
-        int64_t i = a, b = least(a + group, w->k), end = least(b, whole);
-        __m512 s = _mm512_set1_ps(scale[c]), z = _mm512_set1_ps(zero[c]);
+    for (int64_t c = 0, a = 0; a < w->k; c++, a += r.group) {
+        int64_t i = a, b = least(a + r.group, w->k), end = least(b, r.whole);
+        __m512 s = _mm512_set1_ps(r.scale[c]), z = _mm512_set1_ps(r.zero[c]);
         for (; i < end; i += 16) {
-            __m512 v = sixteen_levels(kind, p, i, t, shift);
+            __m512 v = sixteen_levels(kind, &r, i);
             if (kind == FLOAT_BYTES) v = _mm512_mul_ps(v, factor);
             __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_sub_ps(v, z), s));
             __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
             bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(half, odd)), 16);
             _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtepi32_epi16(bits));
         }
-        for (; i < b; i++) level[i] = (level[i] - zero[c]) * scale[c];
+        for (; i < b; i++) r.level[i] = (r.level[i] - r.zero[c]) * r.scale[c];
     }
-    to_bf16(level + whole, out + whole, w->k - whole);
+    to_bf16(r.level + r.whole, out + r.whole, w->k - r.whole);
 }
 #endif
 
