@@ -29,7 +29,10 @@ TILINGS = [
     Tiling(8, warpgroups=1, blocks=2), Tiling(16, 2, blocks=2), Tiling(16, split=2), Tiling(32, split=4, warpgroups=1),
     Tiling(64, split=8), Tiling(64, cut=True, blocks=2), Tiling(128, warpgroups=1), Tiling(128, cut=True),
     Tiling(128, split=4), Tiling(128, 2), Tiling(128, warpgroups=3), Tiling(192), Tiling(256), Tiling(256, cut=True),
-    Tiling(256, split=2),
+    Tiling(256, split=2), Tiling(128, turned=True), Tiling(128, 2, cut=True, turned=True),
+    Tiling(128, warpgroups=3, cut=True, turned=True), Tiling(128, split=4, turned=True),
+    Tiling(128, warpgroups=1, blocks=2, split=8, turned=True), Tiling(160),
+    Tiling(128, 2, warpgroups=1, blocks=2, turned=True),
 ]  # fmt: skip
 
 

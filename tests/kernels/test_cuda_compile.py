@@ -113,7 +113,7 @@ def test_matrix_units(fmt: Format) -> None:
             continue
         code = instructions(wgmma_code(fmt, config), "wgmma_kernel")
         products = [line for line in code if "HGMMA" in line]
-        assert all(f"64x{config.tokens}x16.F32.BF16" in line for line in products)
+        assert all(f"64x{config.columns}x16.F32.BF16" in line for line in products)
         # The compiler can give up overlapping products with decoding, and says so nowhere: it waits for each of them.
         waits = [line for line in code if "WARPGROUP.DEPBAR" in line]
         assert sum("0x1" in line for line in waits) == len(products) // (2 * config.row_tiles)
@@ -143,12 +143,14 @@ CODES = [
 
 
 @pytest.mark.parametrize(("spec", "act", "sizes"), CODES)
-@pytest.mark.parametrize("tile", [Tiling(8), Tiling(8, cut=True, blocks=2, warpgroups=1)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [Tiling(8), Tiling(8, cut=True, blocks=2, warpgroups=1), Tiling(8, 2, turned=True)], ids=str
+)
 def test_codes_times_codes(spec: str, act: str, sizes: tuple[int, ...], tile: Tiling) -> None:
     fmt, act_fmt = parse_format(spec), parse_format(act)
     product = "IGMMA" if act.startswith("int8") else "QGMMA"
     for tokens in sizes:
-        c = replace(tile, tokens=tokens, split=4 if tokens == 64 and not tile.cut else 1)
+        c = replace(tile, columns=tokens, split=4 if tokens == 64 and tile == Tiling(8) else 1)
         if isinstance(scaled_mm.constants(fmt, act_fmt, c), str):
             continue
         code = instructions(scaled_mm.source(fmt, act_fmt, c, torch.bfloat16).machine_code(HOPPER), "scaled_mm")
@@ -164,8 +166,8 @@ def test_blocks_finish_whole_runs_of_tokens() -> None:
     for spec, act, _ in CODES:
         for m in (1, 16, 40, 100, 300):
             for c in scaled_mm.candidates(parse_format(spec), parse_format(act), m, 14336):
-                finished = c.tokens // c.split
-                assert c.tokens % c.split == 0
+                finished = c.columns // c.split
+                assert c.columns % c.split == 0
                 assert finished in (8, 16) or finished % 32 == 0, c
 
 

@@ -10,7 +10,7 @@
 // sums Hopper keeps about 14 bits. One warpgroup multiplies while another adds.
 //
 // Compiled with -D beyond those of decode.cuh and tiles.cuh: S8 (else float8), X_GROUP (codes per scale of the activations
-// along K, 0: one per token), STAGES, MIN_BLOCKS, PRODUCER_REGS, WIDENER_REGS, CONSUMER_REGS. `wgmma(d, w, x, add)` comes from
+// along K, 0: one per token), STAGES, MIN_BLOCKS, PRODUCER_REGS, WIDENER_REGS, CONSUMER_REGS. `wgmma(d, a, b, add)` comes from
 // scaled_mm.py.
 
 #include "decode.cuh"
@@ -31,7 +31,10 @@ constexpr int STAGE_BYTES = W_BYTES + X_BYTES + RAW_BYTES;
 constexpr u64 SWIZZLED = 1ull << 62 | 64ull << 32;  // rows of 128 bytes, in a descriptor of shared memory
 constexpr bool W_ALONG_K = SCALE_MODE != PER_ROW;
 constexpr int PART = W_ALONG_K && GROUP < DEPTH ? GROUP : DEPTH, STAGE_PARTS = DEPTH / PART;
-constexpr int HALVES = SCALE_N % 16 == 0 ? 1 : 2;  // of the 16 rows of a warp, that have scales of their own
+// Rows of the products that have scales of W of their own: of a warpgroup's tiles, and of the 16 rows of a warp. Where TURNED,
+// W has one for all of a tile.
+constexpr int SCALED = TURNED ? 1 : ROW_TILES, HALVES = TURNED || SCALE_N % 16 == 0 ? 1 : 2;
+static_assert(!TURNED || (W_ALONG_K && SCALE_N % ROWS == 0), "tokens are the rows where W has blocks of scales");
 
 // A box of the matrix behind a tensor map, of rows of BYTES. Elements of two bytes stand for the codes in them.
 template <int BYTES>
@@ -42,6 +45,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap &map, int step,
 
 __device__ __forceinline__ void expect_bytes(u32 bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ float read_float(u32 from) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from));
+    return v;
 }
 
 // Registers that a product under way writes are not to be read before the wait for it.
@@ -90,7 +99,7 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
     // The 128-byte swizzle counts from multiples of 1024.
     u32 ring = (shared_address(memory) + 1023) & ~1023u, full = shared_address(barriers);
     keep(ring), keep(full);
-    const u32 out = ring + STAGES * STAGE_BYTES, scale_ring = out + 4 * CONSUMERS * OUT_TOKENS * OUT_STRIDE;
+    const u32 out = ring + STAGES * STAGE_BYTES, scale_ring = out + 4 * CONSUMERS * OUT_BYTES;
     const u32 empty = full + 8 * STAGES, ready = NARROW ? empty + 8 * STAGES : full;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -188,22 +197,22 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
     Work work(a, steps, cut);
     Piece piece;
-    const int base_row = group * 64 * ROW_TILES + warp * 16 + lane / 4;
+    const int warp_row = group * 64 * ROW_TILES + warp * 16, base_row = warp_row + lane / 4;
     // Where blocks leave sums and flags, the kernel before may still have something else.
     asm volatile("griddepcontrol.wait;" ::: "memory");
     while (work.next(piece)) {
         const Tile at = tile_at(a, piece.tile);
-        Sum acc[ROW_TILES][TOKENS / 2];
+        Sum acc[ROW_TILES][COLUMNS / 2];
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-            for (int e = 0; e < TOKENS / 2; e++) acc[i][e] = 0;
+            for (int e = 0; e < COLUMNS / 2; e++) acc[i][e] = 0;
         // Scales are on their way a stage ahead.
-        RawScale raw[ROW_TILES][HALVES][STAGE_PARTS];
-        ScaleRow scale_rows[ROW_TILES][HALVES];
+        RawScale raw[SCALED][HALVES][STAGE_PARTS];
+        ScaleRow scale_rows[SCALED][HALVES];
         const auto load_scales = [&](int step) {
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
+            for (int i = 0; i < SCALED; i++)
 #pragma unroll
                 for (int h = 0; h < HALVES; h++)
 #pragma unroll
@@ -211,22 +220,23 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
                         raw[i][h][p] = load_scale(scale_rows[i][h], scale_column(a, min(step, piece.end - 1), p));
         };
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
+        for (int i = 0; i < SCALED; i++)
 #pragma unroll
-            for (int h = 0; h < HALVES; h++) scale_rows[i][h] = scale_row(a, min(at.row + base_row + 64 * i + 8 * h, a.n - 1));
+            for (int h = 0; h < HALVES; h++) scale_rows[i][h] = scale_row(a, min(at.row + (TURNED ? 0 : base_row + 64 * i + 8 * h), a.n - 1));
         if constexpr (W_ALONG_K) load_scales(piece.begin);
         wait_barrier(ready + 8 * slot, phase);
         for (int step = piece.begin; step < piece.end; step++) {
             const int this_slot = slot;
             // The same in all lanes, so that the compiler keeps descriptors where products take them from.
-            const u32 stage = __shfl_sync(~0u, ring + slot * STAGE_BYTES >> 4 | 1 << 16, 0);
-            const auto multiply = [&](Product(&d)[TOKENS / 2], int i, int p, bool anew) {
+            const u32 stage = ring + slot * STAGE_BYTES >> 4 | 1 << 16, other = TURNED ? W_BYTES / 16 : 0;
+            const u32 rows_at = __shfl_sync(~0u, stage + other + group * (ROW_TILES * 64 * DEPTH / 16), 0);
+            const u32 columns_at = __shfl_sync(~0u, stage + W_BYTES / 16 - other, 0);
+            const auto multiply = [&](Product(&d)[COLUMNS / 2], int i, int p, bool anew) {
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (int s = 0; s < PART / 32; s++) {
                     const int k = 2 * (p * (PART / 32) + s);
-                    const u32 w = stage + (group * ROW_TILES + i) * (64 * DEPTH / 16) + k;
-                    wgmma(d, SWIZZLED | w, SWIZZLED | stage + W_BYTES / 16 + k, !anew || s > 0);
+                    wgmma(d, SWIZZLED | rows_at + i * (64 * DEPTH / 16) + k, SWIZZLED | columns_at + k, !anew || s > 0);
                 }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             };
@@ -247,36 +257,43 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
             asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(ROW_TILES) : "memory");
             if (step > piece.begin) release(this_slot == 0 ? STAGES - 1 : this_slot - 1);
 #else
-            float scale[ROW_TILES][HALVES][STAGE_PARTS];
+            float scale[SCALED][HALVES][STAGE_PARTS];
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
+            for (int i = 0; i < SCALED; i++)
 #pragma unroll
                 for (int h = 0; h < HALVES; h++)
 #pragma unroll
                     for (int p = 0; p < STAGE_PARTS; p++) scale[i][h][p] = W_ALONG_K ? scale_value(a, raw[i][h][p]) : 1;
+            const u32 token_scales = scale_ring + this_slot * TOKENS * 4;
 #pragma unroll
             for (int p = 0; p < STAGE_PARTS; p++)
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {
                     const bool last = p == STAGE_PARTS - 1 && i == ROW_TILES - 1;
-                    Product part[TOKENS / 2];
+                    Product part[COLUMNS / 2];
                     multiply(part, i, p, true);
+                    float of_row[2];
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        of_row[h] = scale[i % SCALED][h % HALVES][p];
+                        if constexpr (X_GROUP && TURNED) of_row[h] *= read_float(token_scales + (base_row + 64 * i + 8 * h) * 4);
+                    }
                     if (last) prepare();
                     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                    if (!X_GROUP && last) release(this_slot);
+                    if ((!X_GROUP || TURNED) && last) release(this_slot);
 #pragma unroll
-                    for (int j = 0; j < TOKENS / 8; j++) {
-                        float of_token[2] = {1, 1};
-                        if constexpr (X_GROUP > 0)
-                            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(of_token[0]), "=f"(of_token[1])
-                                         : "r"(scale_ring + (this_slot * TOKENS + 8 * j + 2 * quad) * 4));
+                    for (int j = 0; j < COLUMNS / 8; j++) {
+                        float of_column[2] = {1, 1};
+                        if constexpr (X_GROUP && !TURNED)
+                            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(of_column[0]), "=f"(of_column[1])
+                                         : "r"(token_scales + (8 * j + 2 * quad) * 4));
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             written(part[4 * j + e]);
-                            acc[i][4 * j + e] += (float)part[4 * j + e] * (of_token[e % 2] * scale[i][e / 2 % HALVES][p]);
+                            acc[i][4 * j + e] += (float)part[4 * j + e] * (of_column[e % 2] * of_row[e / 2]);
                         }
                     }
-                    if (X_GROUP && last) {
+                    if (X_GROUP && !TURNED && last) {
                         __syncwarp();
                         release(this_slot);
                     }
@@ -289,9 +306,9 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-            for (int e = 0; e < TOKENS / 2; e++) written(acc[i][e]);
+            for (int e = 0; e < COLUMNS / 2; e++) written(acc[i][e]);
 #endif
-        finish_piece(a, work, piece, acc, exchange, group, at.row + group * 64 * ROW_TILES + warp * 16, at.token,
-                     out + threadIdx.x / 32 * OUT_TOKENS * OUT_STRIDE);
+        const int first_row = (TURNED ? at.token : at.row) + warp_row, first_column = TURNED ? at.row : at.token;
+        finish_piece(a, work, piece, acc, exchange, group, first_row, first_column, out + threadIdx.x / 32 * OUT_BYTES);
     }
 }

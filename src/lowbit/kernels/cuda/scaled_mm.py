@@ -26,21 +26,21 @@ DEPTH = 128
 PRODUCER, WIDENER = 32, 64
 
 
-def instruction(tokens: int, kind: str) -> str:
-    """C++ for `wgmma(d, w, x, add)`: m64 x n`tokens` x k32 of `kind`, both from shared memory; 0: d is new."""
-    count = tokens // 2
+def instruction(columns: int, kind: str) -> str:
+    """C++ for `wgmma(d, a, b, add)`: m64 x n`columns` x k32 of `kind`, both from shared memory; 0: d is new."""
+    count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     integer = kind == "s8"
     constraint, value, result = ("+r", "int", "s32") if integer else ("+f", "float", "f32")
     outputs = ", ".join(f'"{constraint}"(d[{i}])' for i in range(count))
     signs = "" if integer else ", 1, 1"
     return (
-        f"__device__ __forceinline__ void wgmma({value} (&d)[{count}], unsigned long long w, unsigned long long x, "
+        f"__device__ __forceinline__ void wgmma({value} (&d)[{count}], unsigned long long a, unsigned long long b, "
         "int add) {\n"
         f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.s32 p, %{count + 2}, 0;\\n"\n'
-        f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k32.{result}.{kind}.{kind} '
+        f'        "wgmma.mma_async.sync.aligned.m64n{columns}k32.{result}.{kind}.{kind} '
         f'{{{sums}}}, %{count}, %{count + 1}, p{signs};\\n}}"\n'
-        f'        : {outputs} : "l"(w), "l"(x), "r"(add));\n}}\n'
+        f'        : {outputs} : "l"(a), "l"(b), "r"(add));\n}}\n'
     )
 
 
@@ -92,15 +92,18 @@ def constants(fmt: Format, act: Format, c: Tiling) -> loader.Defines | str:
         return found
     defines, integer, narrow, parts = dict(found), kind(act) == "s8", is_narrow(fmt), _has_parts(fmt, act)
     # Parts of one tile of 64 rows at a time lie beside the sums; scales and addresses beside both.
-    sums = c.row_tiles * c.tokens // 2 + (c.tokens // 2 if parts else 0)
+    sums = c.row_tiles * c.columns // 2 + (c.columns // 2 if parts else 0)
     rest = 24
-    if defines["SCALE_MODE"] != decode.PER_ROW:
-        halves = 1 if defines["SCALE_N"] % 16 == 0 else 2
-        rest += halves * c.row_tiles * (2 + 2 * max(1, DEPTH // defines["GROUP"]))
+    along_k = defines["SCALE_MODE"] != decode.PER_ROW
+    if c.turned and (not along_k or defines["SCALE_N"] % c.rows or c.rows < 32):
+        return f"its scales are not those of blocks of {c.rows} rows, or these are too few"
+    if along_k:
+        scaled = 1 if c.turned else c.row_tiles * (1 if defines["SCALE_N"] % 16 == 0 else 2)
+        rest += scaled * (2 + 2 * max(1, DEPTH // defines["GROUP"]))
     beside = (PRODUCER, WIDENER) if narrow else (PRODUCER,)
     consumer = c.registers(*beside)
     # The compiler does not give the registers of one product what setmaxnreg brings later.
-    if sums + rest > consumer or c.tokens // 2 + 32 > c.registers_at_launch(len(beside)):
+    if sums + rest > consumer or c.columns // 2 + 32 > c.registers_at_launch(len(beside)):
         return "too many sums for the registers"
     if max(beside) > c.registers_at_launch(len(beside)):
         return "a block begins with fewer registers than its other warpgroups need"
@@ -108,7 +111,7 @@ def constants(fmt: Format, act: Format, c: Tiling) -> loader.Defines | str:
         return "too few stages fit the shared memory"
     defines |= {
         "AS_CODES": 1, "CODES_UNIT": _unit(fmt, act), "S8": int(integer),
-        "INTEGER": int(integer and not parts), "X_GROUP": _x_group(act), "TOKENS": c.tokens, "ROW_TILES": c.row_tiles,
+        "INTEGER": int(integer and not parts), "X_GROUP": _x_group(act), "COLUMNS": c.columns, "ROW_TILES": c.row_tiles, "TURNED": int(c.turned),
         "CONSUMERS": c.warpgroups, "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "STAGES": stages(fmt, act, c),
         "PRODUCER_REGS": PRODUCER, "WIDENER_REGS": WIDENER, "CONSUMER_REGS": consumer,
     }  # fmt: skip
@@ -121,21 +124,26 @@ def source(fmt: Format, act: Format, c: Tiling, dtype: torch.dtype) -> loader.So
     assert not isinstance(defines, str), defines
     assert codes is not None, act
     fp16 = ("FP16", int(dtype == torch.float16))
-    return loader.Source("scaled_mm.cu", (*defines, fp16), instruction(c.tokens, codes))
+    return loader.Source("scaled_mm.cu", (*defines, fp16), instruction(c.columns, codes))
 
 
 @cache
 def candidates(fmt: Format, act: Format, m: int, k: int) -> tuple[Tiling, ...]:
     """The instances that may be chosen: the smallest tile that holds the tokens and the next, or large ones."""
     many = (128, 160, 192) if _has_parts(fmt, act) else (128, 256)
-    sizes = many if m >= 128 else [t for t in (8, 16, 32, 64, 128) if t >= m][:2]
+    sizes = [(t, False) for t in (many if m >= 128 else [t for t in (8, 16, 32, 64, 128) if t >= m][:2])]
+    # Tokens with scales along K are better rows of the products, of which a lane has two, than columns, of which it has
+    # a quarter.
+    sizes += [(128, True)] * (m > 32 and _x_group(act) > 0)
     ways = [(False, 1), (True, 1), *((False, split) for split in (2, 4, 8))]
     return tuple(
-        c for t, row_tiles, groups, blocks, (cut, split) in product(sizes, (1, 2), (1, 2, 3), (1, 2), ways)
-        # Outputs are written for 8, 16 or whole 32 tokens at a time.
+        c for (t, turned), row_tiles, groups, blocks, (cut, split) in product(sizes, (1, 2), (1, 2, 3), (1, 2), ways)
+        # Outputs are written for 8, 16 or whole 32 columns at a time.
         if (split == 1 or ((t // split in (8, 16) or t % (32 * split) == 0) and split * DEPTH <= k))
         and (groups < 3 or (row_tiles, blocks, split) == (1, 1, 1))
-        and not isinstance(constants(fmt, act, c := Tiling(t, row_tiles, cut, blocks, groups, split)), str)
+        # Measured on an H200: never the fastest, and some a third slower than their counts say.
+        and not (cut and blocks == 2 and t >= 128) and not (turned and row_tiles == groups == 2)
+        and not isinstance(constants(fmt, act, c := Tiling(t, row_tiles, cut, blocks, groups, split, turned)), str)
     )  # fmt: skip
 
 
@@ -144,27 +152,27 @@ def config_for(fmt: Format, act: Format, m: int, n: int, k: int, sms: int) -> Ti
     """The instance that a model of the time finds fastest; its constants fit measurements on an H200."""
     parts, narrow, steps = _has_parts(fmt, act), is_narrow(fmt), -(-k // DEPTH)
     stage_parts = max(1, DEPTH // (fmt.plane("scale").k or DEPTH))
-    # Instructions of a lane for each sum that leaves the matrix units.
-    per_sum = 1 + (kind(act) == "s8") + (0.75 if _x_group(act) else 0)
 
     def cycles(c: Tiling) -> float:
         """Of a multiprocessor."""
+        # Instructions of a lane for each sum that leaves the matrix units.
+        per_sum = 1 + 0.72 * (kind(act) == "s8") + (2.1 if _x_group(act) and not c.turned else 0)
         # Products keep the registers busy, so that instructions take their time beside that of the products.
         multiply, widen = c.rows * c.tokens / 32, 7 * c.rows if narrow else 0
-        issue = c.row_tiles * stage_parts * ((c.tokens / 2 * per_sum if parts else 0) + 43)
+        issue = c.row_tiles * stage_parts * ((c.columns / 2 * per_sum if parts else 0) + 52)
         # One warpgroup by itself: its products, and what it does before and after; or W that is widened for all.
-        alone = max(multiply / c.warpgroups + 94 * c.row_tiles * stage_parts + 1.95 * issue, widen)
+        alone = max(multiply / c.warpgroups + 151 * c.row_tiles * stage_parts + 1.71 * issue, widen)
         if not parts:
-            alone = max(alone, 535)
+            alone = max(alone, 700)
         brought = c.rows * DEPTH * fmt.element.bits / 8 + c.tokens * DEPTH
-        together = multiply + c.warpgroups * (issue + 47) + 0.3 * widen
-        stage = max(alone, c.blocks * together, c.blocks * brought / 30.5)
+        together = multiply + c.warpgroups * (issue + 48) + 0.325 * widen
+        stage = max(alone, c.blocks * together, c.blocks * brought / 37)
         waves, all_stages = c.tiles(m, n) * c.split / (sms * c.blocks), steps / c.split * stage
-        memory = fmt.nbytes(n, k) / sms / 17.3
+        memory = fmt.nbytes(n, k) / sms / 16.7
         if c.cut:
-            return max(memory, waves * all_stages) + 5300 + 0.55 * c.rows * c.tokens
-        exchange = 2000 + 0.32 * c.rows * c.tokens if c.split > 1 else 0
-        return max(memory, math.ceil(waves) * all_stages) + 2000 * math.ceil(waves) + exchange
+            return max(memory, waves * all_stages) + 6050 + 0.545 * c.rows * c.tokens
+        exchange = 2060 + 0.37 * c.rows * c.tokens if c.split > 1 else 0
+        return max(memory, math.ceil(waves) * all_stages) + 2430 * math.ceil(waves) + exchange
 
     return fastest(candidates(fmt, act, m, k), cycles, m, n, sms)
 

@@ -1,5 +1,6 @@
 // Products by Hopper's matrix units, for ROWS rows of W and TOKENS tokens at a time: which tiles a block multiplies, how blocks
-// share tiles, and how sums become outputs. Blocks stay for the whole run.
+// share tiles, and how sums become outputs. Blocks stay for the whole run. Of the two sides, rows of W are the rows of the
+// products and tokens their columns; where TURNED, it is the other way round.
 //
 // Where tiles do not fill the blocks evenly, the last of them are cut along K into equal shares. A block goes through its
 // share from the end to the beginning: the parts of a tile that other blocks have are then their first, and belong to
@@ -8,11 +9,14 @@
 // Where there are very few tiles, the SPLIT blocks of a team share each: every block has a part of K, leaves its sums for
 // the blocks that finish them, and finishes those of some tokens itself.
 //
-// After decode.cuh. Compiled with -D TOKENS, ROW_TILES (of 64 rows, per warpgroup), CONSUMERS (warpgroups), SPLIT, and
-// INTEGER where sums are.
+// After decode.cuh. Compiled with -D COLUMNS, ROW_TILES (of 64 rows, per warpgroup), CONSUMERS (warpgroups), SPLIT, and
+// INTEGER where sums are, TURNED where products are.
 
 #ifndef INTEGER
 #define INTEGER 0
+#endif
+#ifndef TURNED
+#define TURNED 0
 #endif
 #if INTEGER
 typedef int Sum;
@@ -22,11 +26,14 @@ typedef float Sum;
 typedef float4 Sum4;
 #endif
 
-constexpr int ROWS = 64 * ROW_TILES * CONSUMERS;
-constexpr int FINISHED = TOKENS / SPLIT;  // tokens of a tile whose outputs a block finishes
-constexpr int OUT_TOKENS = FINISHED < 32 ? FINISHED : 32;  // that a warp writes at a time, through shared memory:
-static_assert(FINISHED % OUT_TOKENS == 0, "a warp writes outputs of whole runs of tokens");
-constexpr int OUT_STRIDE = 48;                         // bytes of a token's 16 outputs there; 16 more for the banks
+constexpr int PRODUCT_ROWS = 64 * ROW_TILES * CONSUMERS;
+constexpr int ROWS = TURNED ? COLUMNS : PRODUCT_ROWS, TOKENS = TURNED ? PRODUCT_ROWS : COLUMNS;
+constexpr int FINISHED = COLUMNS / SPLIT;  // columns of a tile whose outputs a block finishes
+constexpr int OUT_COLUMNS = FINISHED < 32 ? FINISHED : 32;  // that a warp writes at a time, through shared memory:
+static_assert(FINISHED % OUT_COLUMNS == 0 && (OUT_COLUMNS >= 16 || !TURNED), "a warp writes outputs of whole runs of columns");
+// Bytes of a token's outputs there, 16 or OUT_COLUMNS of them; 16 more for the banks.
+constexpr int OUT_STRIDE = 2 * (TURNED ? OUT_COLUMNS : 16) + 16;
+constexpr int OUT_BYTES = (TURNED ? 16 : OUT_COLUMNS) * OUT_STRIDE;  // of a warp
 
 // How the copy engine finds boxes of TOKENS x 64 activations (loader.tensor_map).
 struct alignas(64) TensorMap {
@@ -103,36 +110,69 @@ __device__ __forceinline__ void wait_for(u64 *flag, u64 number) {
 
 // Sums of a warpgroup of a block, in the order of its registers.
 __device__ __forceinline__ Sum4 *sums_at(Sum4 *sums, int block, int group) {
-    return sums + (long long)(block * CONSUMERS + group) * ROW_TILES * (TOKENS / 8) * 128 + threadIdx.x % 128;
+    return sums + (long long)(block * CONSUMERS + group) * ROW_TILES * (COLUMNS / 8) * 128 + threadIdx.x % 128;
 }
 
 // The flag that says so to the member `to` of a team, or to whoever finishes a tile that is cut.
 __device__ __forceinline__ u64 *flag_at(u64 *flags, int block, int group, int to) { return flags + (block * CONSUMERS + group) * SPLIT + to; }
 
-// The 16 outputs of a warp for OUT_TOKENS tokens at a time: transposed in shared memory, written 16 bytes at a time.
-__device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc, int n, int first_token, u32 buffer) {
+// Eight outputs of a token, from shared memory.
+__device__ __forceinline__ void write_eight(const Arguments &a, int token, int n, u32 from) {
+    if (token >= a.m || n >= a.n) return;
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+    u16 *y = a.y + (long long)token * a.n + n;
+    if (a.n % 8 == 0) {
+        *(uint4 *)y = v;
+    } else {
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            if (n + e < a.n) y[e] = words[e / 2] >> e % 2 * 16;
+    }
+}
+
+// The sums of a warp, 16 rows of the products by FINISHED columns, become outputs, OUT_COLUMNS columns at a time: through
+// `buffer` in shared memory, so that they are written 16 bytes at a time.
+__device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc, int first_row, int first_column, u32 buffer) {
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    const Finish rows[2] = {finish_of(a, min(n + lane / 4, a.n - 1)), finish_of(a, min(n + lane / 4 + 8, a.n - 1))};
+    // Of the two rows that a lane has, lane / 4 and that + 8, and of two columns.
+    Finish outputs[2];
+    float tokens[2];
+    const auto find_outputs = [&](int n, int apart) {
+        for (int i = 0; i < 2; i++) outputs[i] = finish_of(a, min(n + i * apart, a.n - 1));
+    };
+    const auto find_tokens = [&](int m, int apart) {
+        for (int i = 0; i < 2; i++) tokens[i] = token_scale(a, min(m + i * apart, a.m - 1));
+    };
+    if constexpr (TURNED) find_tokens(first_row + lane / 4, 8);
+    else find_outputs(first_row + lane / 4, 8);
 #pragma unroll
-    for (int t = 0; t < FINISHED; t += OUT_TOKENS) {
-        if (first_token + t >= a.m) break;
-        // Two pairs of 8 x 8 matrices: rows 0..7 and 8..15 of eight tokens, then of the next eight.
+    for (int t = 0; t < FINISHED; t += OUT_COLUMNS) {
+        if (first_column + t >= (TURNED ? a.n : a.m)) break;
+        // Two pairs of 8 x 8 matrices: rows 0..7 and 8..15 of eight columns, then of the next eight.
 #pragma unroll
-        for (int j = 0; j < OUT_TOKENS / 8; j += 2) {
+        for (int j = 0; j < OUT_COLUMNS / 8; j += 2) {
             u32 words[4];
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                if (8 * (j + b) >= OUT_TOKENS) break;
-                const int token = first_token + t + 8 * (j + b) + 2 * quad;
-                const float scales[2] = {token_scale(a, min(token, a.m - 1)), token_scale(a, min(token + 1, a.m - 1))};
+                if (8 * (j + b) >= OUT_COLUMNS) break;
+                const int column = first_column + t + 8 * (j + b) + 2 * quad;
+                if constexpr (TURNED) find_outputs(column, 1);
+                else find_tokens(column, 1);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const Sum *v = &acc[(t / 8 + j + b) * 4 + 2 * h];
-                    words[2 * b + h] = narrow2(finish(a, v[0], rows[h], scales[0]), finish(a, v[1], rows[h], scales[1]));
+                    words[2 * b + h] = narrow2(finish(a, v[0], outputs[TURNED ? 0 : h], tokens[TURNED ? h : 0]),
+                                               finish(a, v[1], outputs[TURNED ? 1 : h], tokens[TURNED ? h : 1]));
                 }
             }
-            const u32 to = buffer + (8 * (j + lane / 16) + lane % 8) * OUT_STRIDE + lane / 8 % 2 * 16;
-            if constexpr (OUT_TOKENS >= 16)
+            const u32 to = TURNED ? buffer + lane % 16 * OUT_STRIDE + (j + lane / 16) * 16
+                                  : buffer + (8 * (j + lane / 16) + lane % 8) * OUT_STRIDE + lane / 8 % 2 * 16;
+            if constexpr (TURNED)
+                asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+                             "r"(words[2]), "r"(words[3]) : "memory");
+            else if constexpr (OUT_COLUMNS >= 16)
                 asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
                              "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
             else
@@ -140,22 +180,13 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc
                              : "memory");
         }
         __syncwarp();
+        constexpr int EIGHTS = TURNED ? OUT_COLUMNS / 8 : 2;  // of a token
 #pragma unroll
-        for (int i = lane; i < 2 * OUT_TOKENS; i += 32) {
-            const int token = first_token + t + i / 2, at = n + i % 2 * 8;
-            if (token >= a.m || at >= a.n) continue;
-            uint4 v;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(buffer + i / 2 * OUT_STRIDE + i % 2 * 16));
-            u16 *y = a.y + (long long)token * a.n + at;
-            if (a.n % 8 == 0) {
-                *(uint4 *)y = v;
-            } else {
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    if (at + e < a.n) y[e] = words[e / 2] >> e % 2 * 16;
-            }
+        for (int i = lane; i < 2 * OUT_COLUMNS; i += 32) {
+            const int m = i / EIGHTS, n = i % EIGHTS;
+            const u32 from = buffer + m * OUT_STRIDE + n * 16;
+            if constexpr (TURNED) write_eight(a, first_row + m, first_column + t + n * 8, from);
+            else write_eight(a, first_column + t + m, first_row + n * 8, from);
         }
         __syncwarp();
     }
@@ -168,9 +199,9 @@ struct Exchange {
 };
 
 // The sums `acc` of a piece, which a warpgroup is done with: left for another block, or added to those of others and written.
-// A warp's part begins at `first_row`; `buffer` is its own, of OUT_TOKENS * OUT_STRIDE bytes.
-__device__ __forceinline__ void finish_piece(const Arguments &a, const Work &work, const Piece &piece, Sum (&acc)[ROW_TILES][TOKENS / 2],
-                                             const Exchange &x, int group, int first_row, int token, u32 buffer) {
+// A warp's part begins at `first_row` and `first_column` of the products; `buffer` is its own, of OUT_BYTES.
+__device__ __forceinline__ void finish_piece(const Arguments &a, const Work &work, const Piece &piece, Sum (&acc)[ROW_TILES][COLUMNS / 2],
+                                             const Exchange &x, int group, int first_row, int first_column, u32 buffer) {
     if constexpr (SPLIT > 1) {
         constexpr int QUARTETS = FINISHED / 8;
         Sum own[ROW_TILES][FINISHED / 2];
@@ -178,8 +209,8 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-            for (int e = 0; e < TOKENS / 8; e++) {
-                if (e / QUARTETS != member()) to[(i * (TOKENS / 8) + e) * 128] = *(Sum4 *)&acc[i][4 * e];
+            for (int e = 0; e < COLUMNS / 8; e++) {
+                if (e / QUARTETS != member()) to[(i * (COLUMNS / 8) + e) * 128] = *(Sum4 *)&acc[i][4 * e];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     Sum &v = own[i][e % QUARTETS * 4 + j];
@@ -203,11 +234,11 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
 #pragma unroll
                 for (int e = 0; e < QUARTETS; e++) {
                     Sum4 v = *(Sum4 *)&own[i][4 * e];
-                    if (r != member()) v = __ldcg(from + (i * (TOKENS / 8) + e) * 128);
+                    if (r != member()) v = __ldcg(from + (i * (COLUMNS / 8) + e) * 128);
                     total[4 * e] += v.x, total[4 * e + 1] += v.y, total[4 * e + 2] += v.z, total[4 * e + 3] += v.w;
                 }
             }
-            write_outputs(a, total, first_row + 64 * i, token + member() * FINISHED, buffer);
+            write_outputs(a, total, first_row + 64 * i, first_column + member() * FINISHED, buffer);
         }
         return;
     }
@@ -216,7 +247,7 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-            for (int e = 0; e < TOKENS / 8; e++) to[(i * (TOKENS / 8) + e) * 128] = *(Sum4 *)&acc[i][4 * e];
+            for (int e = 0; e < COLUMNS / 8; e++) to[(i * (COLUMNS / 8) + e) * 128] = *(Sum4 *)&acc[i][4 * e];
         group_barrier(group);
         if (threadIdx.x % 128 == 0) raise(flag_at(x.flags, blockIdx.x, group, 0), x.number);
         return;
@@ -224,7 +255,7 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
     if (piece.begin > 0) {
         // The teams before have the other parts of this tile. Their sums are added in the order of these teams;
         // where they are few, those of several are on their way together.
-        constexpr int TOGETHER = ROW_TILES * TOKENS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * TOKENS / 8;
+        constexpr int TOGETHER = ROW_TILES * COLUMNS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * COLUMNS / 8;
         int first = team() - 1;
         while (first > 0 && work.first(first) > piece.tile * work.steps) first--;
         for (int t = first + threadIdx.x % 128; t < team(); t += 128) wait_for(flag_at(x.flags, t, group, 0), x.number);
@@ -243,11 +274,11 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
             for (int t = 0; t < TOGETHER; t++)
 #pragma unroll
                 for (int e = 0; e < QUARTETS; e++) {
-                    Sum *to = &acc[e / (TOKENS / 8)][e % (TOKENS / 8) * 4];
+                    Sum *to = &acc[e / (COLUMNS / 8)][e % (COLUMNS / 8) * 4];
                     to[0] += v[t][e].x, to[1] += v[t][e].y, to[2] += v[t][e].z, to[3] += v[t][e].w;
                 }
         }
     }
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], first_row + 64 * i, token, buffer);
+    for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], first_row + 64 * i, first_column, buffer);
 }

@@ -23,25 +23,37 @@ class Tiling:
     """One instance of a kernel.
 
     Attributes:
-        tokens: columns of a tile, a multiple of 8 up to 256.
-        row_tiles: tiles of 64 rows of W per warpgroup, 1 or 2.
+        columns: of a product, a multiple of 8 up to 256.
+        row_tiles: tiles of 64 rows per warpgroup, 1 or 2.
         cut: whether the last tiles are cut along K so that every block has the same share of the work.
         blocks: resident per multiprocessor, 1 or 2.
         warpgroups: that multiply, 1 to 3.
         split: blocks that share the K of a tile: 1, 2, 4 or 8.
+        turned: whether tokens are the rows and rows of W the columns, which else are the other way round.
     """
 
-    tokens: int
+    columns: int
     row_tiles: int = 1
     cut: bool = False
     blocks: int = 1
     warpgroups: int = 2
     split: int = 1
+    turned: bool = False
+
+    @property
+    def product_rows(self) -> int:
+        """Per block."""
+        return 64 * self.row_tiles * self.warpgroups
 
     @property
     def rows(self) -> int:
         """Of W per block."""
-        return 64 * self.row_tiles * self.warpgroups
+        return self.columns if self.turned else self.product_rows
+
+    @property
+    def tokens(self) -> int:
+        """Per block."""
+        return self.product_rows if self.turned else self.columns
 
     def tiles(self, m: int, n: int) -> int:
         """That cover `y (M, N)`."""
@@ -66,12 +78,14 @@ class Tiling:
     @property
     def output_bytes(self) -> int:
         """Of shared memory, through which warps write."""
-        return 4 * self.warpgroups * min(self.tokens, 32) * 48
+        at_once = min(self.columns // self.split, 32)
+        return 4 * self.warpgroups * (16 * (2 * at_once + 16) if self.turned else at_once * 48)
 
     def __str__(self) -> str:
         cut = " cut" if self.cut else ""
         split = f" split {self.split}" if self.split > 1 else ""
-        return f"{self.rows}x{self.tokens}{cut}{split} warpgroups {self.warpgroups} blocks {self.blocks}"
+        turned = " turned" if self.turned else ""
+        return f"{self.rows}x{self.tokens}{turned}{cut}{split} warpgroups {self.warpgroups} blocks {self.blocks}"
 
 
 class Exchange(ctypes.Structure):

@@ -299,7 +299,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
             if constexpr (SUMS) add_part();
-            const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_TOKENS * OUT_STRIDE;
+            const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_BYTES;
             const int first_row = at.row + base_row - lane / 4;
             finish_piece(a, work, piece, acc, exchange, group, first_row, at.token, buffer);
         }

@@ -106,7 +106,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     producer = 56 if c.warpgroups == 2 else 40
     consumer = c.registers(producer)
     # What the products need beside their sums, as the compiler's reports say.
-    sums = c.row_tiles * c.tokens // 2
+    sums = c.row_tiles * c.columns // 2
     scales = max(1, decode.chunk(fmt) * (2 if c.own_order else 1) // found["GROUP"])
     rest = 40 * c.row_tiles + 16 * (scales if found["SCALE_MODE"] == decode.PER_CHUNK else 1)
     rest += 4 * c.row_tiles * (c.own_order and found["BITS"] == 8 and found["SCALE_MODE"] != decode.PER_ROW)
@@ -115,10 +115,10 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     rest += 8 * c.row_tiles * (found["ZERO"] + (found["OUTER_K"] > 0) + (found["SCALE_N"] > 1))
     if sums + rest > consumer:
         return "too many sums for the registers"
-    if found["SCALE_MODE"] == decode.PER_STEP and (c.row_tiles * c.tokens > MOST_SUMMED or 2 * sums + rest >= consumer):
+    if found["SCALE_MODE"] == decode.PER_STEP and (c.row_tiles * c.columns > MOST_SUMMED or 2 * sums + rest >= consumer):
         found["SCALE_MODE"] = decode.PER_CHUNK
     found |= {
-        "TOKENS": c.tokens, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
+        "COLUMNS": c.columns, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
         "X_OCTETS": rings.x_octets, "CONSUMERS": c.warpgroups, "W_STAGES": rings.w,
         "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer, "SPLIT": c.split, "OWN_ORDER": int(c.own_order),
     }  # fmt: skip
@@ -137,7 +137,7 @@ def candidates(fmt: Format, m: int, k: int) -> tuple[Config, ...]:
         c for t, (row_tiles, groups), blocks, (cut, split), own in product(sizes, shapes, (1, 2), ways, orders)
         if (blocks == 1 or (t <= 32 and groups == 2)) and (groups == 2 or 64 <= t <= 128)
         and (split == 1 or (split * 8 <= t and split * 4 * decode.chunk(fmt) <= k))
-        and not isinstance(constants(fmt, c := Config(t, row_tiles, cut, blocks, groups, split, own)), str)
+        and not isinstance(constants(fmt, c := Config(t, row_tiles, cut, blocks, groups, split, own_order=own)), str)
     )  # fmt: skip
 
 
