@@ -12,13 +12,15 @@ from lowbit.kernels.problem import capability, starts_early
 
 # Products and sums round one after the other, as in the definitions of the formats.
 OPTIONS = {"enable_fp_fusion": False}
+_NOTHING = contextlib.nullcontext()
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels start on the current device; make it the one that holds `t`."""
-    if t.is_cuda and t.device.index != torch.cuda.current_device():
+    # PyTorch runs on the GPU that holds `t`: nothing has to be initialized, as `torch.cuda.current_device` would.
+    if t.is_cuda and t.get_device() != torch._C._cuda_getDevice():
         return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def ceil_pow2(n: int, least: int = 1) -> int:
