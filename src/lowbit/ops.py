@@ -383,6 +383,8 @@ torch.library.register_autograd("lowbit::linear", _linear_backward, setup_contex
 torch.library.register_autograd("lowbit::conv2d", _conv2d_backward, setup_context=_conv2d_setup, lib=_LIB)
 
 linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
+#: What `linear` runs, for callers who know that nothing else has to see the call.
+linear_unwatched: Callable[..., Tensor] = _linear
 linear_silu_mul: Callable[..., Tensor] = torch.ops.lowbit.linear_silu_mul.default
 linear_of_operand: Callable[..., Tensor] = torch.ops.lowbit.linear_of_operand.default
 linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default
