@@ -6,12 +6,16 @@ and moves arrive as aten ops. What is not here is an error.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit import ops
@@ -22,9 +26,45 @@ from lowbit.tensor import QuantizedTensor, implements
 aten = torch.ops.aten
 
 
+_KEYS = torch._C.DispatchKey
+#: Dispatch keys of plain tensors, and of threads in which nothing but autograd stands between a call and its kernel.
+_PLAIN = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(key).raw_repr()
+        for key in (_KEYS.CPU, _KEYS.CUDA, _KEYS.AutogradCPU, _KEYS.AutogradCUDA, _KEYS.AutocastCPU, _KEYS.AutocastCUDA,
+                    _KEYS.ADInplaceOrView, _KEYS.BackendSelect)
+    ),
+)  # fmt: skip
+
+
+def _is_watched(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether anything but the kernel must see a call of an op: autograd, a tracer, a mode, a profiler, a subclass.
+
+    Where nothing must, its way through the dispatcher takes longer than the launch of its kernel.
+    """
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor:
+        return True
+    keys = torch._C._dispatch_keys(x).raw_repr() | torch._C._dispatch_tls_local_include_set().raw_repr()
+    gradient = x.requires_grad
+    if bias is not None:
+        if type(bias) not in (Tensor, Parameter):
+            return True
+        keys |= torch._C._dispatch_keys(bias).raw_repr()
+        gradient = gradient or bias.requires_grad
+    return (
+        bool(keys & ~_PLAIN)
+        or (gradient and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    n, k = w.out_features, w.in_features
-    return ops.linear(x, list(w.planes.values()), bias, w.act_scale, w.format.spec, w.act_spec, n, k)
+    linear = ops.linear if _is_watched(x, bias) else ops.linear_unwatched
+    fmt = w.format
+    planes = [getattr(w, name) for name in fmt.plane_names]
+    return linear(x, planes, bias, w.act_scale, fmt.spec, w.act_spec, w.out_features, w.in_features)
 
 
 def _refuse(w: Any, name: str, expected: str) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lowbit.errors import see
 from lowbit.formats.activation import parse_activation
-from lowbit.formats.base import Format, Planes, parse_format
+from lowbit.formats.base import Planes, parse_format
 from lowbit.kernels import convolution
 from lowbit.kernels.convolution import Convolution
 from lowbit.kernels.problem import Operand, Problem, arch_of
-from lowbit.kernels.select import select, select_gradient
+from lowbit.kernels.select import planned, select, select_gradient
 
 _LIB = torch.library.Library("lowbit", "DEF")
 _LIB.define(
@@ -57,34 +57,42 @@ def problem_of(x: Tensor, m: int, n: int, k: int, spec: str, act: str) -> Proble
     return Problem(m, n, k, spec, act, x.dtype, x.device.type, arch_of(x.device))
 
 
-def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: Format, n: int, k: int) -> None:
+def _check_input(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, spec: str, n: int, k: int) -> None:
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"lowbit.linear ({fmt.spec}): the input must be bf16, fp16 or fp32, got {x.dtype}" + see("input-mismatch")
+            f"lowbit.linear ({spec}): the input must be bf16, fp16 or fp32, got {x.dtype}" + see("input-mismatch")
         )
-    _check_sizes(x, planes, bias, fmt, n, k)
+    _check_sizes(x, planes, bias, spec, n, k)
 
 
-def _check_sizes(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, fmt: Format, n: int, k: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != k:
+def _check_sizes(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, spec: str, n: int, k: int) -> None:
+    shape, device = x.shape, x.device
+    if not shape or shape[-1] != k:
         raise ValueError(
-            f"lowbit.linear ({fmt.spec}): the input's last size must be K = {k}, got {tuple(x.shape)}"
-            + see("input-mismatch")
+            f"lowbit.linear ({spec}): the input's last size must be K = {k}, got {tuple(shape)}" + see("input-mismatch")
         )
-    if x.device != planes[0].device:
+    if device != planes[0].device:
         raise ValueError(
-            f"lowbit.linear ({fmt.spec}): input on {x.device}, weight on {planes[0].device}" + see("input-mismatch")
+            f"lowbit.linear ({spec}): input on {device}, weight on {planes[0].device}" + see("input-mismatch")
         )
-    if bias is not None and (bias.shape != (n,) or bias.device != x.device):
+    if bias is not None and (bias.shape != (n,) or bias.device != device):
         got = f"{tuple(bias.shape)} on {bias.device}"
         raise ValueError(
-            f"lowbit.linear ({fmt.spec}): the bias must be ({n},) on {x.device}, got {got}" + see("input-mismatch")
+            f"lowbit.linear ({spec}): the bias must be ({n},) on {device}, got {got}" + see("input-mismatch")
         )
 
 
 def _linear(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
+    if x.is_cuda and x.is_contiguous() and (size := x.numel()) and n:
+        _check_input(x, planes, bias, spec, n, k)
+        # Most calls, and little beside what differs between them.
+        launch = planned(size // k, n, k, spec, act, x.dtype, x.device)
+        if launch is not None:
+            y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+            launch(x, y, planes, bias, act_scale if act else None)
+            return y
     return _run_linear(x, planes, bias, act_scale, spec, act, n, k, gated=False)
 
 
@@ -99,8 +107,7 @@ def _run_linear(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int,
     gated: bool,
 ) -> Tensor:  # fmt: skip
-    fmt = parse_format(spec)
-    _check_input(x, planes, bias, fmt, n, k)
+    _check_input(x, planes, bias, spec, n, k)
     width = _width(n, gated)
     lead = x.shape[:-1]
     m = math.prod(lead)
@@ -110,7 +117,7 @@ def _run_linear(
     x2d = x.reshape(m, k)
     if x2d.stride() != (k, 1):
         x2d = x2d.contiguous()
-    named = dict(zip(fmt.plane_names, planes, strict=True))
+    named = dict(zip(parse_format(spec).plane_names, planes, strict=True))
     return _multiplied(x2d, named, bias, problem, act_scale, gated).view(*lead, width)
 
 
@@ -166,7 +173,7 @@ def _linear_of_operand(
         row_scale: fp32 `(M or 1, 1)`, or `(M, ceil(K / group))`; the activation is `operand * row_scale`.
     """
     fmt, lead = parse_format(spec), operand.shape[:-1]
-    _check_sizes(operand, planes, bias, fmt, n, k)
+    _check_sizes(operand, planes, bias, spec, n, k)
     m, width = math.prod(lead), _width(n, gated)
     if m == 0 or n == 0:
         return operand.new_empty(*lead, width, dtype=dtype)
@@ -189,21 +196,21 @@ def _linear_of_operand_fake(
     operand: Tensor, row_scale: Tensor, planes: list[Tensor], bias: Tensor | None, spec: str, act: str, n: int, k: int,
     dtype: torch.dtype, gated: bool,
 ) -> Tensor:  # fmt: skip
-    _check_sizes(operand, planes, bias, parse_format(spec), n, k)
+    _check_sizes(operand, planes, bias, spec, n, k)
     return operand.new_empty(*operand.shape[:-1], _width(n, gated), dtype=dtype)
 
 
 def _linear_fake(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
-    _check_input(x, planes, bias, parse_format(spec), n, k)
+    _check_input(x, planes, bias, spec, n, k)
     return x.new_empty(*x.shape[:-1], n)
 
 
 def _linear_silu_mul_fake(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
-    _check_input(x, planes, bias, parse_format(spec), n, k)
+    _check_input(x, planes, bias, spec, n, k)
     return x.new_empty(*x.shape[:-1], _width(n, gated=True))
 
 
@@ -376,6 +383,8 @@ torch.library.register_autograd("lowbit::linear", _linear_backward, setup_contex
 torch.library.register_autograd("lowbit::conv2d", _conv2d_backward, setup_context=_conv2d_setup, lib=_LIB)
 
 linear: Callable[..., Tensor] = torch.ops.lowbit.linear.default
+#: What `linear` runs, for callers who know that nothing else has to see the call.
+linear_unwatched: Callable[..., Tensor] = _linear
 linear_silu_mul: Callable[..., Tensor] = torch.ops.lowbit.linear_silu_mul.default
 linear_of_operand: Callable[..., Tensor] = torch.ops.lowbit.linear_of_operand.default
 linear_dgrad: Callable[..., Tensor] = torch.ops.lowbit.linear_dgrad.default

@@ -177,8 +177,9 @@ class QuantizedTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in FUNCTIONS:
-            return FUNCTIONS[func](*args, **kwargs)
+        known = FUNCTIONS.get(func)
+        if known is not None:
+            return known(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

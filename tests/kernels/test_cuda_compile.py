@@ -243,7 +243,7 @@ def test_the_smallest_layer_has_an_instance_and_needs_no_copy(fmt: Format) -> No
     """Rows of one chunk: those of the narrower planes are 4 or 8 bytes apart."""
     k = decode.chunk(fmt)
     w = QuantizedTensor.from_float(torch.randn(5, k), fmt)
-    assert decode._of_weight(fmt, decode._layout(w.planes)) is not None
+    assert decode._of_weight(fmt.spec, decode._layout(list(w.planes.values()))) is not None
     for m in (1, 16, 100, 1000):
         assert wgmma.config_for(fmt, m, 5, k, 132).split == 1
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,8 +21,9 @@ from lowbit.errors import see
 from lowbit.formats.base import Format
 from lowbit.kernels.cpu import native, packed
 from lowbit.kernels.cuda import loader, scaled_mm, small_m, wgmma
+from lowbit.kernels.cuda.decode import Launch
 from lowbit.kernels.cuda.loader import Source
-from lowbit.kernels.problem import Problem, UnsupportedError, is_batch_invariant
+from lowbit.kernels.problem import Problem, UnsupportedError, arch_of, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors
 
 
@@ -32,6 +33,8 @@ class Kernel:
 
     Attributes:
         run: `module:function` below `lowbit.kernels`, imported at the first call.
+        plan: likewise, a function of a problem and a GPU's index: `run` for calls that differ in nothing but tensors,
+            with all that they have in common found once.
         reject: why a problem is not for this kernel, or None.
         by_name_only: never chosen, only run by `use_kernel`.
         batch_invariant: whether it can multiply so that a row's bits do not depend on the others.
@@ -52,6 +55,7 @@ class Kernel:
     sources: Callable[[Problem, int], list[Source]] | None = None
     silu_mul: str | None = None
     operand: Literal["", "levels", "codes"] = ""
+    plan: str | None = None
 
     def why_not(self, p: Problem) -> str | None:
         if self.device is not None and self.device != p.device:
@@ -77,7 +81,7 @@ class Choice:
 
 
 @cache
-def _import_function(path: str) -> Callable[..., torch.Tensor]:
+def _import_function(path: str) -> Callable[..., Any]:
     module, function = path.split(":")
     return getattr(importlib.import_module(f"lowbit.kernels.{module}"), function)  # type: ignore[no-any-return]
 
@@ -205,6 +209,7 @@ KERNELS: tuple[Kernel, ...] = (
         sources=small_m.sources,
         silu_mul="cuda.small_m:small_m_silu_mul",
         operand="levels",
+        plan="cuda.small_m:plan",
     ),
     Kernel(
         "cuda_scaled_mm",
@@ -214,6 +219,7 @@ KERNELS: tuple[Kernel, ...] = (
         config=scaled_mm.describe,
         sources=scaled_mm.sources,
         operand="codes",
+        plan="cuda.scaled_mm:plan",
     ),
     Kernel("cublas_scaled_mm", "cuda", "scaled_mm:cublas_scaled_mm", _scaled_mm, operand="codes"),
     Kernel("triton_scaled_mm", "cuda", "triton.scaled_mm:scaled_mm", _triton_scaled_mm, operand="codes"),
@@ -226,6 +232,7 @@ KERNELS: tuple[Kernel, ...] = (
         config=wgmma.describe,
         sources=wgmma.sources,
         operand="levels",
+        plan="cuda.wgmma:plan",
     ),
     Kernel("triton_weight_only", "cuda", "triton.weight_only:weight_only", _weight_only, operand="levels"),
     Kernel("triton_chunked", "cuda", "triton.dequant:chunked", _triton, operand="levels"),
@@ -268,6 +275,24 @@ def select(problem: Problem) -> Choice:
         UnsupportedError: none does; the message lists each kernel with its reason.
     """
     return _select(problem, _forced.get(), is_batch_invariant())
+
+
+def planned(m: int, n: int, k: int, spec: str, act: str, dtype: torch.dtype, device: torch.device) -> Launch | None:
+    """The chosen kernel's `plan` for such a call on a GPU, remembered; None where it has none.
+
+    It holds no tensor. Its key is what `select` is asked, in parts: a `Problem` takes longer to make than to look up.
+    """
+    return _planned(m, n, k, spec, act, dtype, device, _forced.get(), is_batch_invariant())
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    m: int, n: int, k: int, spec: str, act: str, dtype: torch.dtype, device: torch.device, forced: str | None,
+    invariant: bool,
+) -> Launch | None:  # fmt: skip
+    problem = Problem(m, n, k, spec, act, dtype, device.type, arch_of(device))
+    plan = _select(problem, forced, invariant).kernel.plan
+    return None if plan is None else _import_function(plan)(problem, device.index)
 
 
 def select_gradient(problem: Problem) -> Kernel:

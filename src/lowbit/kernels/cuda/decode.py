@@ -4,15 +4,15 @@ with. The CUDA C++ kernels share it."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Format
+from lowbit.formats.base import Format, parse_format
 from lowbit.formats.elements import FloatElement, IntElement, TableElement
-from lowbit.kernels.cuda.loader import Defines
+from lowbit.kernels.cuda.loader import Defines, Frame
 from lowbit.kernels.problem import Operand, Problem
 
 # The names of decode.cuh.
@@ -123,7 +123,7 @@ def why_not_dtype(problem: Problem) -> str | None:
 # Launches ----------------------------------------------------------------------------------------
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """`struct Arguments` of decode.cuh, field by field."""
 
     _fields_ = (
@@ -148,21 +148,55 @@ def operand(x: Tensor | Operand, problem: Problem, act_scale: Tensor | None) -> 
     return act_quant.split(x, problem.activation, act_scale)
 
 
-def arguments(
-    x: Tensor, y: Tensor, planes: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, row_scale: Tensor | None
-) -> tuple[_Arguments, list[Tensor]]:
-    """`struct Arguments` for `x (M, K)` and `y (M, N)`, and the tensors that must live until the launch."""
-    x = _aligned(x, 16)
-    keep = [x]
-    weight = _of_weight(fmt, _layout(planes))
+#: Multiplies `x (..., K)`, without gaps between rows, into `y (..., N)`, given the planes in the format's order, bias
+#: and the scale of a static activation, which is None where activations are not quantized.
+Launch = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Tensor | None], None]
+
+
+def with_operand(start: Launch, problem: Problem) -> Launch:
+    """`start`, which takes the scale of the rows last, behind the quantization of the activation."""
+    if problem.activation is None:
+        return start
+
+    def launch(x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, act_scale: Tensor | None) -> None:
+        levels, row_scale = operand(x.view(problem.m, problem.k), problem, act_scale)
+        start(levels, y, planes, bias, row_scale)
+
+    return launch
+
+
+def in_order(planes: Mapping[str, Tensor], fmt: Format) -> list[Tensor]:
+    """The planes as `fill` takes them."""
+    return [planes[name] for name in fmt.plane_names]
+
+
+def fill(
+    frame: Frame, x: Tensor, y: Tensor, planes: Sequence[Tensor], spec: str, sizes: tuple[int, int, int],
+    bias: Tensor | None, row_scale: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Write the first parameter, `struct Arguments`, of a launch; gives the tensors that must live until then.
+
+    Args:
+        x, y: `(..., K)` and `(..., N)`, without gaps between rows.
+        planes: in the order of the format `spec`.
+        sizes: M, N and K.
+    """
+    address = x.data_ptr()
+    keep = []
+    if address % 16 or not x.is_contiguous():
+        x = _aligned(x, 16)
+        keep, address = [x], x.data_ptr()
+    weight = _of_weight(spec, _layout(planes))
     if weight is None:
+        fmt = parse_format(spec)
         apart = _bytes_at_once(fmt)
-        copies = {name: _aligned(t, apart.get(name)) for name, t in planes.items()}
-        keep += copies.values()
-        weight = _of_weight(fmt, _layout(copies))
+        planes = [_aligned(t, apart.get(name)) for name, t in zip(fmt.plane_names, planes, strict=True)]
+        keep += planes
+        weight = _of_weight(spec, _layout(planes))
         assert weight is not None
-    a = _Arguments.from_buffer_copy(weight)
-    a.x, a.y, a.m, a.n, a.k = x.data_ptr(), y.data_ptr(), x.shape[0], y.shape[1], x.shape[1]
+    frame.first[:] = weight
+    a = frame.arguments[0]
+    a.x, a.y, (a.m, a.n, a.k) = address, y.data_ptr(), sizes
     if row_scale is not None:
         keep.append(row_scale.contiguous())
         a.row_scale, a.row_scales = keep[-1].data_ptr(), row_scale.shape[0]
@@ -170,30 +204,31 @@ def arguments(
         # Read as it is in fp32 or in the dtype of the outputs; else widened.
         keep.append((bias if bias.dtype in (y.dtype, torch.float32) else bias.float()).contiguous())
         a.bias, a.bias_fp32 = keep[-1].data_ptr(), int(keep[-1].dtype == torch.float32)
-    return a, keep
+    return keep
 
 
-#: Name, address, shape, strides and bytes per element of every plane: all that a launch depends on.
-Layout = tuple[tuple[str, int, torch.Size, tuple[int, ...], int], ...]
+#: Address, shape and strides of every plane: all that a launch depends on beside the format.
+Layout = tuple[tuple[int, torch.Size, tuple[int, ...]], ...]
 
 
-def _layout(planes: Mapping[str, Tensor]) -> Layout:
-    return tuple([(n, t.data_ptr(), t.shape, t.stride(), t.element_size()) for n, t in planes.items()])
+def _layout(planes: Sequence[Tensor]) -> Layout:
+    return tuple([(t.data_ptr(), t.shape, t.stride()) for t in planes])
 
 
 @lru_cache(maxsize=4096)
-def _of_weight(fmt: Format, layout: Layout) -> _Arguments | None:
+def _of_weight(spec: str, layout: Layout) -> bytes | None:
     """The part of `struct Arguments` that is the weight's; None where planes lie so that they must be copied.
 
     Remembered, since filling a structure costs an eager call more than anything else here. It holds no tensor: where
     memory is used again, the same addresses mean the same arguments.
     """
-    at = {name: (address, shape, strides) for name, address, shape, strides, _ in layout}
+    fmt = parse_format(spec)
+    at = dict(zip(fmt.plane_names, layout, strict=True))
     apart = _bytes_at_once(fmt)
-    for name, address, shape, strides, size in layout:
-        if not _lies_well(address, shape, strides, size, apart.get(name)):
+    for plane, lies in zip(fmt.planes, layout, strict=True):
+        if not _lies_well(*lies, plane.dtype.itemsize, apart.get(plane.name)):
             return None
-    a = _Arguments()
+    a = Arguments()
     for i, (name, width, _) in enumerate(fmt.element.code_planes):
         field = "" if i == 0 else str(width)
         setattr(a, f"codes{field}", at[name][0])
@@ -203,7 +238,7 @@ def _of_weight(fmt: Format, layout: Layout) -> _Arguments | None:
                         ("table", "codebook")):  # fmt: skip
         setattr(a, field, at[name][0] if name in at else None)
     a.outer_columns = at["outer_scale"][1][-1] if "outer_scale" in at else 0
-    return a
+    return bytes(a)
 
 
 @cache

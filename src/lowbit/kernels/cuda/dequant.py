@@ -52,15 +52,15 @@ def launch(
 ) -> Tensor:
     """Decode rows and columns `[start, stop)` into `out`, as `triton.dequant.dequantize_into` says."""
     (n0, n1), (k0, k1) = rows, columns
-    a, _keep = decode.arguments(out, out, planes, fmt, None, None)
-    a.n, a.k = planes[fmt.plane_names[0]].shape[0], k
+    held = decode.in_order(planes, fmt)
+    sizes = out.shape[0], held[0].shape[0], k
     quad, rows_of_block = dict(_defines(fmt))["QUAD"], 32 if decode.has_table(fmt) else 8
     blocks = -(-(k1 - k0) // (decode.chunk(fmt, quad) * THREADS)) * -(-(n1 - n0) // rows_of_block)
     numbers = (ctypes.c_int(v) for v in (n0, n1 - n0, k0, k1, out.stride(0)))
+    frame = loader.Frame(blocks, THREADS, 0, (decode.Arguments(), *numbers))
+    _keep = decode.fill(frame, out, out, held, fmt.spec, sizes, None, None)
     with on_device(out):
-        loader.load(loader.Source("dequant.cu", _defines(fmt)), "dequant", out.device.index)(
-            blocks, THREADS, a, *numbers
-        )
+        loader.load(loader.Source("dequant.cu", _defines(fmt)), "dequant", out.device.index).launch(frame)
     return out
 
 

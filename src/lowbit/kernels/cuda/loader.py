@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from importlib import resources
@@ -198,22 +198,57 @@ class CudaKernel:
         config.sharedMemBytes = shared
         return config
 
-    def __call__(self, grid: int, threads: int, *arguments: Any, shared: int = 0, early: bool = False) -> None:
+    def launch(self, frame: Frame, early: bool = False) -> None:
         """Launch on the current stream of the current device, which must be the kernel's.
 
         Args:
-            arguments: ctypes objects, the kernel's parameters, passed by value.
-            shared: dynamic shared memory per block, in bytes.
             early: the kernel may start before the one before it on the stream has ended; it waits for it itself
                 (programmatic dependent launch).
         """
-        parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        attributes = ctypes.addressof(_EARLY) if early else None
-        config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared, stream, attributes, int(early))
-        status = _launcher()(ctypes.addressof(config), self._handle, ctypes.addressof(parameters), None)
+        config = frame.config
+        config.stream = torch._C._cuda_getCurrentRawStream(self.device)
+        config.attribute_count = early
+        status = _launcher()(frame.config_at, self._handle, frame.parameters_at, None)
         if status:
             _check((self._driver.CUresult(status),), f"cuLaunchKernelEx of {self.name}")
+
+
+class Frame:
+    """What `cuLaunchKernelEx` reads. Filling it in takes longer than the launch, so that callers use it again.
+
+    Attributes:
+        arguments: the kernel's parameters, ctypes objects passed by value, which may be another for every launch.
+        first: the bytes of the first of them.
+        parameters: the addresses of all.
+
+    Args:
+        shared: bytes of dynamic shared memory of each block.
+    """
+
+    def __init__(self, grid: int, threads: int, shared: int, arguments: Sequence[Any]) -> None:
+        self.arguments, self.first = arguments, memoryview(arguments[0]).cast("B")
+        self.parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self.config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared, None, ctypes.addressof(_EARLY), 0)
+        self.config_at, self.parameters_at = ctypes.addressof(self.config), ctypes.addressof(self.parameters)
+
+
+class Frames:
+    """Frames of launches that differ in the values of their parameters alone.
+
+    A thread takes one, fills it in, launches and gives it back: there are as many as were ever in use at once.
+    """
+
+    def __init__(self, make: Callable[[], Frame]) -> None:
+        self._make, self._free = make, list[Frame]()
+
+    def take(self) -> Frame:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._make()
+
+    def give(self, frame: Frame) -> None:
+        self._free.append(frame)
 
 
 class _LaunchConfig(ctypes.Structure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit.formats.base import Format
 from lowbit.formats.elements import IntElement
 from lowbit.kernels.cuda import decode, loader
-from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, fastest, shares, why_not_hopper
+from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Exchange, Shares, Tiling, fastest, shares, why_not_hopper
 from lowbit.kernels.problem import Operand, Problem
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
@@ -270,35 +270,68 @@ def launch(
     m, k = codes.shape
     y = torch.empty(m, n, dtype=dtype, device=codes.device)
     c = config or config_for(fmt, act, m, n, k, multiprocessors(codes.device))
-    plan = _plan(fmt, act, c, m, n, k, codes.device.index, dtype)
-    grouped = _x_group(act) > 0
-    a, _keep = decode.arguments(codes, y, planes, fmt, bias, None if grouped else scales)
-    x_scales = ctypes.c_void_p()
-    if grouped:
-        assert scales is not None, act
-        assert scales.shape == (m, -(-k // DEPTH)), (act, scales.shape)
-        _keep.append(scales.contiguous())
-        x_scales.value = _keep[-1].data_ptr()
-    work = torch.empty(plan.shares.sums + plan.shares.flags, dtype=torch.uint8, device=codes.device)
-    with on_device(codes):
-        x_map = loader.tensor_map(a.x, m, k // 2, c.tokens)
-        w = (DEPTH // 2, False) if is_narrow(fmt) else (DEPTH, True)
-        w_map = loader.tensor_map(a.codes, n, k * fmt.element.bits // 16, c.rows, a.stride, *w)
-        # W is read before the kernel ahead has ended. Outside of graphs, that kernel may be the one that made W.
-        early = torch.cuda.is_current_stream_capturing()
-        exchange, cut = plan.shares.exchange(work.data_ptr()), ctypes.c_int(int(c.cut))
-        arguments = a, x_map, w_map, exchange, x_scales, cut
-        plan.kernel(plan.shares.blocks, plan.threads, *arguments, early=early, shared=plan.shared)
+    found = _plan(fmt, act, c, m, n, k, codes.device.index, dtype)
+    found.start(codes, y, decode.in_order(planes, fmt), bias, scales)
     return y
 
 
-class Plan(NamedTuple):
-    """What launches of one kind have in common; `shared` are bytes of dynamic shared memory per block."""
+def plan(problem: Problem, device: int) -> decode.Launch:
+    """The table's entry for calls that look alike."""
+    from lowbit.kernels.triton import act_quant
 
+    act, m, n, k = problem.activation, problem.m, problem.n, problem.k
+    assert act is not None
+    c = _config(problem, multiprocessors(torch.device("cuda", device)))
+    found = _plan(problem.weight, act.format, c, m, n, k, device, problem.dtype)
+
+    def launch(x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, act_scale: Tensor | None) -> None:
+        codes, scales = act_quant.codes(x.view(m, k), act, act_scale)
+        found.start(codes, y, planes, bias, scales)
+
+    return launch
+
+
+class Plan(NamedTuple):
+    """What launches of one kind have in common.
+
+    Attributes:
+        sizes: M, N and K.
+        grouped: whether the activation has scales along K.
+        w_box: how the copy engine reads W: columns of the matrix it sees, bytes of a box's row, whether swizzled.
+    """
+
+    spec: str
+    config: Tiling
+    sizes: tuple[int, int, int]
+    grouped: bool
+    w_box: tuple[int, int, bool]
     kernel: loader.CudaKernel
+    frames: loader.Frames
     shares: Shares
-    threads: int
-    shared: int
+
+    def start(
+        self, codes: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, scales: Tensor | None
+    ) -> None:
+        """Launch for tensors as `decode.fill` takes them; `scales` are those of `launch`."""
+        frame, c, (m, n, k) = self.frames.take(), self.config, self.sizes
+        a, _, _, exchange, x_scales, _ = frame.arguments
+        row_scale = None if self.grouped else scales
+        _keep = decode.fill(frame, codes, y, planes, self.spec, self.sizes, bias, row_scale)
+        if self.grouped:
+            assert scales is not None, self
+            assert scales.shape == (m, -(-k // DEPTH)), (self, scales.shape)
+            _keep.append(scales.contiguous())
+            x_scales.value = _keep[-1].data_ptr()
+        work = torch.empty(self.shares.sums + self.shares.flags, dtype=torch.uint8, device=codes.device)
+        self.shares.fill(exchange, work.data_ptr())
+        columns, *box = self.w_box
+        with on_device(codes):
+            x_map = loader.tensor_map(a.x, m, k // 2, c.tokens)
+            w_map = loader.tensor_map(a.codes, n, columns, c.rows, a.stride, *box)
+            frame.parameters[1], frame.parameters[2] = ctypes.addressof(x_map), ctypes.addressof(w_map)
+            # W is read before the kernel ahead has ended. Outside of graphs, that kernel may be the one that made W.
+            self.kernel.launch(frame, torch.cuda.is_current_stream_capturing())
+        self.frames.give(frame)
 
 
 @cache
@@ -306,4 +339,14 @@ def _plan(fmt: Format, act: Format, c: Tiling, m: int, n: int, k: int, device: i
     sms = multiprocessors(torch.device("cuda", device))
     kernel = loader.load(source(fmt, act, c, dtype), "scaled_mm", device)
     shared = stages(fmt, act, c) * stage_bytes(fmt, act, c) + c.output_bytes + 1024
-    return Plan(kernel, shares(c, m, n, -(-k // DEPTH), sms), c.threads(2 if is_narrow(fmt) else 1), shared)
+    parts, threads = shares(c, m, n, -(-k // DEPTH), sms), c.threads(2 if is_narrow(fmt) else 1)
+    w_box = (k * fmt.element.bits // 16, *((DEPTH // 2, False) if is_narrow(fmt) else (DEPTH, True)))
+
+    def frame() -> loader.Frame:
+        maps, pointer = (loader.TensorMap(), loader.TensorMap()), ctypes.c_void_p()
+        return loader.Frame(
+            parts.blocks, threads, shared,
+            (decode.Arguments(), *maps, Exchange(), pointer, ctypes.c_int(int(c.cut))),
+        )  # fmt: skip
+
+    return Plan(fmt.spec, c, (m, n, k), _x_group(act) > 0, w_box, kernel, loader.Frames(frame), parts)

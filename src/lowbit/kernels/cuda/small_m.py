@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,13 +134,17 @@ def launch(
     """
     m, k = x.shape
     y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
-    a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
-    a.n = n
     with on_device(x):
-        kernel, grid, half, shared = _plan(fmt, m, n, k, x.device.index, cluster, x.dtype, gated)
-        early = torch.cuda.is_current_stream_capturing()
-        kernel(grid, 32 * WARPS, a, ctypes.c_int(half), early=early, shared=shared)
+        found = _plan(fmt, m, n, k, x.device.index, cluster, x.dtype, gated)
+    found.start(x, y, decode.in_order(planes, fmt), bias, row_scale)
     return y
+
+
+def plan(problem: Problem, device: int) -> decode.Launch:
+    """The table's entry for calls that look alike."""
+    with torch.cuda.device(device):
+        found = _plan(problem.weight, problem.m, problem.n, problem.k, device, None, problem.dtype, False)
+    return decode.with_operand(found.start, problem)
 
 
 def sources(problem: Problem, sms: int) -> list[loader.Source]:
@@ -169,14 +174,42 @@ def _instance(
     return tuple(sorted((dict(decode.defines_of(fmt)) | more).items())), cluster, shared
 
 
+class Plan(NamedTuple):
+    """What launches of one kind have in common.
+
+    Attributes:
+        sizes: M, N and K.
+    """
+
+    kernel: loader.CudaKernel
+    frames: loader.Frames
+    spec: str
+    sizes: tuple[int, int, int]
+
+    def start(
+        self, x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, row_scale: Tensor | None
+    ) -> None:
+        """Launch for tensors as `decode.fill` takes them."""
+        frame = self.frames.take()
+        _keep = decode.fill(frame, x, y, planes, self.spec, self.sizes, bias, row_scale)
+        with on_device(x):
+            self.kernel.launch(frame, torch.cuda.is_current_stream_capturing())
+        self.frames.give(frame)
+
+
 @cache
 def _plan(
     fmt: Format, m: int, n: int, k: int, device: int, cluster: int | None, dtype: torch.dtype, gated: bool
-) -> tuple[loader.CudaKernel, int, int, int]:
-    """The kernel, its grid, half of the grid where two blocks share a multiprocessor, and bytes of shared memory."""
+) -> Plan:
     sms, arch = multiprocessors(torch.device("cuda", device)), capability(device)
     defines, cluster, shared = _instance(fmt, m, n, k, sms, arch, cluster, dtype, gated)
     kernel = loader.load(loader.Source("small_m.cu", defines), "small_m", device)
     resident = kernel.resident(32 * WARPS, shared, cluster)
     grid = min(-(-n // ROWS), resident) * cluster
-    return kernel, grid, sms if cluster == 1 and grid == 2 * sms else 0, shared
+    # Half of the grid where two blocks share a multiprocessor.
+    half = sms if cluster == 1 and grid == 2 * sms else 0
+
+    def frame() -> loader.Frame:
+        return loader.Frame(grid, 32 * WARPS, shared, (decode.Arguments(), ctypes.c_int(half)))
+
+    return Plan(kernel, loader.Frames(frame), fmt.spec, (m, n, k))

@@ -101,9 +101,9 @@ class Shares(NamedTuple):
     sums: int
     flags: int
 
-    def exchange(self, address: int) -> Exchange:
+    def fill(self, exchange: Exchange, address: int) -> None:
         """For one launch, with the memory that begins at `address`."""
-        return Exchange(address, address + self.sums, next(_launches))
+        exchange.sums, exchange.flags, exchange.number = address, address + self.sums, next(_launches)
 
 
 # Numbers that memory holds by chance as good as never.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.kernels.cuda import decode, loader, small_m
-from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Shares, Tiling, fastest, shares, why_not_hopper
+from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Exchange, Shares, Tiling, fastest, shares, why_not_hopper
 from lowbit.kernels.problem import Operand, Problem, is_batch_invariant
 from lowbit.kernels.triton.launch import multiprocessors, on_device
 
@@ -237,45 +237,62 @@ def launch(
     m, k = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     c = config or _config(fmt, m, n, k, multiprocessors(x.device))
-    plan = _plan(fmt, c, m, n, k, x.device.index, x.dtype)
-    a, _keep = decode.arguments(x, y, planes, fmt, bias, row_scale)
-    work = torch.empty(plan.images + plan.shares.sums + plan.shares.flags, dtype=torch.uint8, device=x.device)
-    at, pointer, number = work.data_ptr(), ctypes.c_void_p, ctypes.c_int
-    capturing = torch.cuda.is_current_stream_capturing()
-    with on_device(x):
-        if plan.pack is None:
-            tensor_map = loader.tensor_map(a.x, m, k, c.tokens)
-        else:
-            tensor_map = loader.TensorMap()
-            packing = pointer(a.x), pointer(at), number(m), number(k), number(plan.images_of_tile)
-            # A thread for every 16 bytes.
-            plan.pack(-(-plan.images // 4096), 256, *packing, early=capturing)
-            a.x = at
-        exchange = plan.shares.exchange(at + plan.images)
-        # Weights are read before the kernel ahead has ended. Outside of graphs, that kernel is ours or none.
-        early = capturing or not c.own_order
-        cut = number(int(c.cut))
-        plan.kernel(plan.shares.blocks, c.threads(), a, tensor_map, exchange, cut, early=early, shared=plan.shared)
+    _plan(fmt, c, m, n, k, x.device.index, x.dtype).start(x, y, decode.in_order(planes, fmt), bias, row_scale)
     return y
+
+
+def plan(problem: Problem, device: int) -> decode.Launch:
+    """The table's entry for calls that look alike."""
+    fmt, m, n, k = problem.weight, problem.m, problem.n, problem.k
+    c = _config(fmt, m, n, k, multiprocessors(torch.device("cuda", device)))
+    return decode.with_operand(_plan(fmt, c, m, n, k, device, problem.dtype).start, problem)
 
 
 class Plan(NamedTuple):
     """What launches of one kind have in common.
 
     Attributes:
+        sizes: M, N and K.
         pack, kernel: what lays out activations, if they have to be, and the product.
+        pack_frames, frames: for launches of the two.
         shares: blocks of the product, and what they exchange.
-        shared: bytes of dynamic shared memory of each block.
         images: bytes of memory for activations that are laid out.
-        images_of_tile: of 64 weights each.
     """
 
+    spec: str
+    config: Config
+    sizes: tuple[int, int, int]
     pack: loader.CudaKernel | None
+    pack_frames: loader.Frames
     kernel: loader.CudaKernel
+    frames: loader.Frames
     shares: Shares
-    shared: int
     images: int
-    images_of_tile: int
+
+    def start(
+        self, x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, row_scale: Tensor | None
+    ) -> None:
+        """Launch for tensors as `decode.fill` takes them."""
+        frame, c, (m, _, k) = self.frames.take(), self.config, self.sizes
+        a, _, exchange, _ = frame.arguments
+        _keep = decode.fill(frame, x, y, planes, self.spec, self.sizes, bias, row_scale)
+        work = torch.empty(self.images + self.shares.sums + self.shares.flags, dtype=torch.uint8, device=x.device)
+        at = work.data_ptr()
+        self.shares.fill(exchange, at + self.images)
+        with on_device(x):
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self.pack is None:
+                tensor_map = loader.tensor_map(a.x, m, k, c.tokens)
+                frame.parameters[1] = ctypes.addressof(tensor_map)
+            else:
+                packing = self.pack_frames.take()
+                packing.arguments[0].value, packing.arguments[1].value = a.x, at
+                self.pack.launch(packing, capturing)
+                self.pack_frames.give(packing)
+                a.x = at
+            # Weights are read before the kernel ahead has ended. Outside of graphs, that kernel is ours or none.
+            self.kernel.launch(frame, capturing or not c.own_order)
+        self.frames.give(frame)
 
 
 @cache
@@ -287,4 +304,16 @@ def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: to
     code, shared = source(fmt, c, dtype), stages(fmt, c).shared
     pack = None if c.own_order else loader.load(code, "pack_x", device)
     kernel = loader.load(code, "wgmma_kernel", device)
-    return Plan(pack, kernel, parts, shared, images, steps * step // 64)
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+
+    def pack_frame() -> loader.Frame:
+        of_tile = steps * step // 64  # images of 64 weights each
+        # A thread for every 16 bytes.
+        return loader.Frame(-(-images // 4096), 256, 0, (pointer(), pointer(), number(m), number(k), number(of_tile)))
+
+    def frame() -> loader.Frame:
+        arguments = decode.Arguments(), loader.TensorMap(), Exchange(), number(int(c.cut))
+        return loader.Frame(parts.blocks, c.threads(), shared, arguments)
+
+    frames = loader.Frames(pack_frame), loader.Frames(frame)
+    return Plan(fmt.spec, c, (m, n, k), pack, frames[0], kernel, frames[1], parts, images)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +14,45 @@ from lowbit.kernels.problem import capability, starts_early
 
 # Products and sums round one after the other, as in the definitions of the formats.
 OPTIONS = {"enable_fp_fusion": False}
+_NOTHING = contextlib.nullcontext()
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels start on the current device; make it the one that holds `t`."""
-    if t.is_cuda and t.device.index != torch.cuda.current_device():
+    # PyTorch runs on the GPU that holds `t`: nothing has to be initialized, as `torch.cuda.current_device` would.
+    if t.is_cuda and t.get_device() != torch._C._cuda_getDevice():
         return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
+    return _NOTHING
+
+
+#: The kernel, whose id is its own as long as it is here, what it was compiled to, and the constants in their order.
+_started: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
+
+
+def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """`kernel[grid](*arguments, **named)`, in less time where the like was launched before.
+
+    To find what it compiled, Triton looks at every argument, which takes several times as long as the launch and is
+    what an eager call waits for. The choice depends on dtypes, on addresses modulo 16, on numbers, constants and
+    options; for the same ones it is remembered. For kernels whose numbers are seldom others: not with M among them.
+
+    Args:
+        arguments: by position, tensors on the current device and numbers; the first is a tensor.
+        named: all of the kernel's constants, and compile options.
+    """
+    of_arguments = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments]
+    # Triton's own hash of a kernel is one of its source.
+    key = (id(kernel), arguments[0].get_device(), *of_arguments, *named, *named.values())
+    found = _started.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **named)
+        # The interpreter compiles nothing; for AMD's GPUs, sizes of tensors decide, too.
+        if compiled is not None and torch.version.hip is None:
+            constants = tuple(named[name] for name in kernel.arg_names[len(arguments) :])
+            _started[key] = kernel, compiled, constants
+        return
+    _, compiled, constants = found
+    compiled[grid[0], grid[1], 1](*arguments, *constants)
 
 
 def ceil_pow2(n: int, least: int = 1) -> int:

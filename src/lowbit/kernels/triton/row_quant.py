@@ -26,6 +26,7 @@ from lowbit.kernels.triton.launch import (
     has_native_float8,
     multiprocessors,
     on_device,
+    start,
     uses_ptx,
 )
 
@@ -191,12 +192,15 @@ def launch(
     converts = dtype.is_floating_point and dtype.itemsize == 1 and uses_ptx(x.device) and has_native_float8(x.device)
     # 16 numbers per thread of a row that is held, 8 of a part that is not reduced over.
     warps = block // 512 if whole else part // 256
+    given = (
+        x, x if source.y is None else source.y, x if source.weight is None else source.weight, total, operand, scales,
+        x if static_scale is None else static_scale, k, groups, source.eps,
+    )  # fmt: skip
+    named = {
+        "SOURCE": source.name, "R": rule, "STATIC": static_scale is not None, "FOLD": fold, "BLOCK": block,
+        "PART": part, "FMA": uses_ptx(x.device), "CONVERT": converts,
+        "num_warps": min(32 if block == LONGEST else 16, max(1, warps)), **early_options(x.device), **OPTIONS,
+    }  # fmt: skip
     with on_device(x):
-        quantized_row_kernel[(m, block // part)](
-            x, x if source.y is None else source.y, x if source.weight is None else source.weight, total, operand,
-            scales, x if static_scale is None else static_scale, k, groups, source.eps, SOURCE=source.name, R=rule,
-            STATIC=static_scale is not None, FOLD=fold, BLOCK=block, PART=part, FMA=uses_ptx(x.device),
-            CONVERT=converts,
-            num_warps=min(32 if block == LONGEST else 16, max(1, warps)), **early_options(x.device), **OPTIONS,
-        )  # fmt: skip
+        start(quantized_row_kernel, (m, block // part), given, named)
     return total, operand, scales
