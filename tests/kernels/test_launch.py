@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lowbit.kernels.triton import launch
 
+STREAM = 77
+
 
 class Jit:
     """A Triton kernel `(x, y, n, A: constexpr, B: constexpr)`: notes what it compiles and what is launched."""
@@ -26,7 +28,8 @@ class Jit:
             self.compiled.append(named)
             return None if self.interpreted else self
 
-        def start(*arguments: Any) -> None:
+        def start(*arguments: Any, stream: int) -> None:
+            assert stream == STREAM
             self.launches.append((grid, *arguments))
 
         # Of three numbers: the compiled kernel's.
@@ -36,6 +39,7 @@ class Jit:
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_started", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
 
 
 def off(t: Tensor) -> Tensor:
@@ -53,8 +57,8 @@ def test_the_second_launch_is_of_what_the_first_compiled() -> None:
         launch.start(kernel, grid, (x, Y, 9), NAMED)
     assert kernel.compiled == [NAMED]
     assert [(grid, *rest) for grid, _, _, *rest in kernel.launches] == [((5, 6, 1), 9, 2, 3), ((1, 2, 1), 9, 2, 3)]
-    assert kernel.launches[1][1] is X
-    assert kernel.launches[1][2] is Y
+    # Of tensors, where they lie.
+    assert kernel.launches[1][1:3] == (X.data_ptr(), Y.data_ptr())
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,9 @@ def constants(fmt: Format, act: Format, c: Tiling) -> loader.Defines | str:
         return "too few stages fit the shared memory"
     defines |= {
         "AS_CODES": 1, "CODES_UNIT": _unit(fmt, act), "S8": int(integer),
-        "INTEGER": int(integer and not parts), "X_GROUP": _x_group(act), "COLUMNS": c.columns, "ROW_TILES": c.row_tiles, "TURNED": int(c.turned),
-        "CONSUMERS": c.warpgroups, "SPLIT": c.split, "MIN_BLOCKS": c.blocks, "STAGES": stages(fmt, act, c),
+        "INTEGER": int(integer and not parts), "X_GROUP": _x_group(act), "COLUMNS": c.columns, "ROW_TILES": c.row_tiles,
+        "TURNED": int(c.turned), "CONSUMERS": c.warpgroups, "SPLIT": c.split, "MIN_BLOCKS": c.blocks,
+        "STAGES": stages(fmt, act, c),
         "PRODUCER_REGS": PRODUCER, "WIDENER_REGS": WIDENER, "CONSUMER_REGS": consumer,
     }  # fmt: skip
     return tuple(sorted(defines.items()))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
+from lowbit.formats.elements import IntElement
 from lowbit.kernels.cuda import decode, loader, small_m
 from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Exchange, Shares, Tiling, fastest, shares, why_not_hopper
 from lowbit.kernels.problem import Operand, Problem, is_batch_invariant
@@ -115,7 +116,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
     rest += 8 * c.row_tiles * (found["ZERO"] + (found["OUTER_K"] > 0) + (found["SCALE_N"] > 1))
     if sums + rest > consumer:
         return "too many sums for the registers"
-    if found["SCALE_MODE"] == decode.PER_STEP and (c.row_tiles * c.columns > MOST_SUMMED or 2 * sums + rest >= consumer):
+    if found["SCALE_MODE"] == decode.PER_STEP and (2 * sums > MOST_SUMMED or 2 * sums + rest >= consumer):
         found["SCALE_MODE"] = decode.PER_CHUNK
     found |= {
         "COLUMNS": c.columns, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
@@ -181,12 +182,14 @@ def why_not(problem: Problem) -> str | None:
     if isinstance(found, str):
         return found
     if not is_batch_invariant():
-        # What was measured on an H100 (docs/measured.md): codes of 8 bits need little decoding, and for very many
-        # tokens one dequantization costs less than decoding for every tile.
-        if small_m.is_cheap(fmt) and fmt.element.bits == 8 and problem.m <= 32:
+        # What was measured (docs/measured.md): integers of 8 bits need little decoding, and for very many tokens one
+        # dequantization costs less than decoding for every tile.
+        if small_m.is_cheap(fmt) and isinstance(fmt.element, IntElement) and fmt.element.bits == 8 and problem.m <= 32:
             return f"M = {problem.m} is at most 32, where another kernel is faster for this format"
-        if problem.m > 4096:
-            return f"M = {problem.m} is above 4096, where dequantizing in chunks is faster"
+        # Tables and small floats take longest to decode.
+        most = 4095 if (decode.cost(fmt, own_order=True) or 0) > 2.05 else 4096
+        if problem.m > most:
+            return f"M = {problem.m} is above {most}, where dequantizing in chunks is faster"
     return loader.missing()
 
 

@@ -87,7 +87,7 @@ def quantize_source(
     That is where the scale of a whole tensor has to be found first, and where a row is too long for registers.
     """
     rule, x, k = rule_of(act.format), source.x, source.shape[1]
-    if rule is None or (k > LONGEST and needs_whole_rows(source, rule, static_scale is not None)):
+    if rule is None or (k > LONGEST and needs_whole_rows(source.name, rule, static_scale is not None)):
         return None
     per_tensor = act.format.scale_planes[0].n is None
     if static_scale is None and (per_tensor or rule.scaling == "nvfp4"):

@@ -40,9 +40,18 @@ def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], named:
         arguments: by position, tensors on the current device and numbers; the first is a tensor.
         named: all of the kernel's constants, and compile options.
     """
-    of_arguments = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments]
+    given, seen = [], []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            address = a.data_ptr()
+            given.append(address)
+            seen += a.dtype, address % 16
+        else:
+            given.append(a)
+            seen.append(a)
+    index = arguments[0].get_device()
     # Triton's own hash of a kernel is one of its source.
-    key = (id(kernel), arguments[0].get_device(), *of_arguments, *named, *named.values())
+    key = (id(kernel), index, *seen, *named, *named.values())
     found = _started.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **named)
@@ -52,7 +61,8 @@ def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], named:
             _started[key] = kernel, compiled, constants
         return
     _, compiled, constants = found
-    compiled[grid[0], grid[1], 1](*arguments, *constants)
+    # Of tensors, Triton asks the driver where they lie; addresses it takes as they are.
+    compiled[grid[0], grid[1], 1](*given, *constants, stream=torch._C._cuda_getCurrentRawStream(index))
 
 
 def ceil_pow2(n: int, least: int = 1) -> int:

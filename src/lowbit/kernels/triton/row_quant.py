@@ -11,6 +11,8 @@ the same scale; then each divides and rounds only its own part.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -160,9 +162,9 @@ def part_of(m: int, block: int, group: int, processors: int) -> int:
     return part
 
 
-def needs_whole_rows(source: Source, rule: Rule, static: bool) -> bool:
+def needs_whole_rows(source: str, rule: Rule, static: bool) -> bool:
     """Whether anything depends on all of a row: a norm, or its scale."""
-    return "norm" in source.name or (rule.group == 0 and not static)
+    return "norm" in source or (rule.group == 0 and not static)
 
 
 def launch(
@@ -178,29 +180,38 @@ def launch(
         fold: grouped scales are multiplied into the operand, and none come out.
         part: what a program takes of a row, instead of the rule's choice.
     """
-    x, (m, k) = source.x, source.shape
+    x, (m, k), device, static = source.x, source.shape, source.x.device, static_scale is not None
     groups = -(-k // rule.group) if rule.group else 1
-    block = row_block(k, rule.group)
-    operand = torch.empty(m, k, dtype=dtype, device=x.device)
-    shared = fold if rule.group else static_scale is not None
-    scales = torch.empty((1, 1) if shared else (m, groups), dtype=torch.float32, device=x.device)
+    operand = torch.empty(m, k, dtype=dtype, device=device)
+    shared = fold if rule.group else static
+    scales = torch.empty((1, 1) if shared else (m, groups), dtype=torch.float32, device=device)
     total = torch.empty_like(x) if source.name == "add_rms_norm" else x
-    whole = needs_whole_rows(source, rule, static_scale is not None)
-    if part is None:
-        least = min(block, max(PART, rule.group))
-        part = part_of(m, block, rule.group, multiprocessors(x.device)) if whole else least
-    converts = dtype.is_floating_point and dtype.itemsize == 1 and uses_ptx(x.device) and has_native_float8(x.device)
-    # 16 numbers per thread of a row that is held, 8 of a part that is not reduced over.
-    warps = block // 512 if whole else part // 256
+    grid, named = _program(source.name, rule, static, dtype, fold, m, k, part, device)
     given = (
         x, x if source.y is None else source.y, x if source.weight is None else source.weight, total, operand, scales,
         x if static_scale is None else static_scale, k, groups, source.eps,
     )  # fmt: skip
-    named = {
-        "SOURCE": source.name, "R": rule, "STATIC": static_scale is not None, "FOLD": fold, "BLOCK": block,
-        "PART": part, "FMA": uses_ptx(x.device), "CONVERT": converts,
-        "num_warps": min(32 if block == LONGEST else 16, max(1, warps)), **early_options(x.device), **OPTIONS,
-    }  # fmt: skip
     with on_device(x):
-        start(quantized_row_kernel, (m, block // part), given, named)
+        start(quantized_row_kernel, grid, given, named | early_options(device))
     return total, operand, scales
+
+
+@lru_cache(maxsize=4096)
+def _program(
+    name: str, rule: Rule, static: bool, dtype: torch.dtype, fold: bool, m: int, k: int, part: int | None,
+    device: torch.device,
+) -> tuple[tuple[int, int], dict[str, Any]]:  # fmt: skip
+    """Grid and constants of a launch, remembered: they take as long as the launch itself."""
+    block = row_block(k, rule.group)
+    whole = needs_whole_rows(name, rule, static)
+    if part is None:
+        least = min(block, max(PART, rule.group))
+        part = part_of(m, block, rule.group, multiprocessors(device)) if whole else least
+    converts = dtype.is_floating_point and dtype.itemsize == 1 and uses_ptx(device) and has_native_float8(device)
+    # 16 numbers per thread of a row that is held, 8 of a part that is not reduced over.
+    warps = block // 512 if whole else part // 256
+    return (m, block // part), {
+        "SOURCE": name, "R": rule, "STATIC": static, "FOLD": fold, "BLOCK": block, "PART": part,
+        "FMA": uses_ptx(device), "CONVERT": converts, "num_warps": min(32 if block == LONGEST else 16, max(1, warps)),
+        **OPTIONS,
+    }  # fmt: skip
