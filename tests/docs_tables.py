@@ -195,27 +195,36 @@ def h200_layer_rows() -> list[Cells]:
 
 
 def h200_batches_rows() -> list[Cells]:
-    """Of `lowbit bench generate`: tokens per second of all sequences, and speed-up over bf16."""
+    """Of `lowbit bench generate`: tokens per second of all sequences, and speed-up over bf16, of the newest run."""
     found: dict[str, dict[int, str]] = {}
-    for r in newest("h200_*_generate_batches.json")[1]["records"]:
-        found.setdefault(r["config"], {})[r["batch"]] = f"{r['tokens_per_second']:.0f} ({r['speedup']:.2f})"
+    for file in sorted((ROOT / "benchmarks" / "results").glob("h200_*_generate_batches.json")):
+        for r in json.loads(file.read_text())["records"]:
+            found.setdefault(r["config"], {})[r["batch"]] = f"{r['tokens_per_second']:.0f} ({r['speedup']:.2f})"
     return [(f"`{config}`", *(cells.get(b, "") for b in (1, 16, 64, 128))) for config, cells in found.items()]
 
 
 def h200_tuned_rows() -> list[Cells]:
     """Of `tune_tiles.py --kernel cuda_scaled_mm`: the fastest instance beside what runs in its place otherwise."""
-    rows = []
-    for kind in ("tune_scaled_mm", "tune_scaled_mm_8bit"):
+    rows: dict[tuple[str, str, int], Cells] = {}
+    for kind in ("tune_scaled_mm", "tune_scaled_mm_8bit", "tune_blocks"):
         for r in newest(f"h200_*_{kind}.json")[1]["rows"]:
             if r["m"] not in (16, 128, 2048):
                 continue
             other = min(r["others"], key=lambda name: r["others"][name])
             weight, _, act = r["format"].partition("+")
-            rows.append((
+            rows[r["format"], r["layer"], r["m"]] = (
                 f"`{weight}`, `{act}`", r["layer"], str(r["m"]), f"{r['bf16_us']:.1f}", f"{r['best_us']:.1f}",
                 f"`{tile(r['best'])}`", f"{r['others'][other]:.1f} (`{other}`)",
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
+    return list(rows.values())
+
+
+def host_time_rows() -> list[Cells]:
+    """Of `host_time.py` in inference mode: microseconds of a call of a module, before and now, and on another host."""
+    runs = [{(r["config"], r["m"]): r for r in newest(name)[1]["rows"] if r["mode"] == "inference_mode"}
+            for name in ("h200_*-29_host_time_before.json", "h200_*-29_host_time.json", "h200_*-29b_host_time.json")
+    ]  # fmt: skip
+    return [(f"`{config}`", str(m), *(f"{run[config, m]['module_us']:.0f}" for run in runs)) for config, m in runs[0]]
 
 
 def scaled_rows() -> list[Cells]:
@@ -625,10 +634,13 @@ TABLES = {
     "h200 layers": Table("docs/measured.md", ("weight", "layer", "M = 1", "16", "128", "512", "2048"), h200_layer_rows),
     "h200 codes": Table(
         "docs/measured.md",
-        ("weight and activation", "layer", "M = 1", "16", "128", "512", "2048"),
+        ("weight and activation", "layer", "M = 1", "16", "128", "512", "2048", "4096"),
         lambda: codes_rows("h200"),
     ),
     "h200 batches": Table("docs/measured.md", ("config", "1 sequence", "16", "64", "128"), h200_batches_rows),
+    "host time": Table(
+        "docs/measured.md", ("config", "M", "before, us", "now, us", "another host, us"), host_time_rows
+    ),
     "h200 tuned": Table(
         "docs/measured.md",
         ("weight and activation", "layer", "M", "bf16, us", "cuda_scaled_mm", "tile", "otherwise"),

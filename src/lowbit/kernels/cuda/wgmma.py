@@ -182,10 +182,11 @@ def why_not(problem: Problem) -> str | None:
     if isinstance(found, str):
         return found
     if not is_batch_invariant():
-        # What was measured (docs/measured.md): integers of 8 bits need little decoding, and for very many tokens one
+        # What was measured (docs/measured.md): codes of 8 bits need little decoding, and for very many tokens one
         # dequantization costs less than decoding for every tile.
-        if small_m.is_cheap(fmt) and isinstance(fmt.element, IntElement) and fmt.element.bits == 8 and problem.m <= 32:
-            return f"M = {problem.m} is at most 32, where another kernel is faster for this format"
+        least = 33 if isinstance(fmt.element, IntElement) else 17
+        if small_m.is_cheap(fmt) and fmt.element.bits == 8 and problem.m < least:
+            return f"M = {problem.m} is below {least}, where another kernel is faster for this format"
         # Tables and small floats take longest to decode.
         most = 4095 if (decode.cost(fmt, own_order=True) or 0) > 2.05 else 4096
         if problem.m > most:

@@ -40,7 +40,8 @@ def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], named:
         arguments: by position, tensors on the current device and numbers; the first is a tensor.
         named: all of the kernel's constants, and compile options.
     """
-    given, seen = [], []
+    given: list[Any] = []
+    seen: list[Any] = []
     for a in arguments:
         if isinstance(a, Tensor):
             address = a.data_ptr()
