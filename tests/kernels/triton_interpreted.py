@@ -150,7 +150,7 @@ def check_norms(width: str) -> None:
 
 
 def check_hadamard(width: str) -> None:
-    """The bits of the definition where rows are a power of two; `tl.dot` adds in an order of its own."""
+    """The bits of the definition where rows are a power of two; odd factors are mixed first, in an order of its own."""
     k = int(width)
     x, signs = weights("normal", 3, k), (torch.arange(k) % 3 - 1).sign().to(torch.int8) | 1
     assert hadamard.hadamard(x[:0], signs, False).shape == (0, k)

@@ -13,8 +13,8 @@ from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, early_options, on_d
 
 # Numbers of a row that one program holds, the padding of its odd factor included.
 LONGEST = 1 << 15
-# What `tl.dot` takes at least along each side.
-LEAST = 16
+# An odd factor costs as many products for each number.
+MOST_ODD = 127
 
 
 @triton.jit
@@ -25,23 +25,30 @@ def hadamard_kernel(
     """A row of `ODD * TWO` numbers per program, held as `(ROWS, TWO)`; `mixing (ODD, ODD)` is Hartley's matrix."""
     let_the_next_start(EARLY)
     i = tl.arange(0, ROWS)
-    at = i[:, None] * TWO + tl.arange(0, TWO)[None, :]
+    column = tl.arange(0, TWO)
+    at = i[:, None] * TWO + column[None, :]
     inside = at < ODD * TWO
     row = tl.program_id(0).to(tl.int64) * (ODD * TWO)
-    if SIGNED:
+    if SIGNED and (INVERSE or ODD == 1):
         s = tl.load(signs + at, mask=inside, other=0).to(tl.float32)
     wait_for_the_kernel_before(EARLY)
-    v = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
-    if SIGNED and not INVERSE:
-        v *= s
+    if ODD == 1:
+        v = tl.load(x + row + at).to(tl.float32)
+        if SIGNED and not INVERSE:
+            v *= s
+    else:
+        # The two factors commute. Parts of the row come from the cache for all the sums that they are in.
+        v = tl.zeros((ROWS, TWO), dtype=tl.float32)
+        for j in range(ODD):
+            part = tl.load(x + row + j * TWO + column).to(tl.float32)
+            if SIGNED and not INVERSE:
+                part *= tl.load(signs + j * TWO + column).to(tl.float32)
+            m = tl.load(mixing + i * ODD + j, mask=i < ODD, other=0.0)
+            v = tl.fma(tl.broadcast_to(m[:, None], (ROWS, TWO)), tl.broadcast_to(part[None, :], (ROWS, TWO)), v)
     for step in tl.static_range(LOG2):
         pairs = tl.permute(tl.reshape(v, (ROWS * TWO // (2 << step), 2, 1 << step)), (0, 2, 1))
         a, b = tl.split(pairs)
         v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, TWO))
-    if ODD > 1:
-        j = tl.arange(0, ROWS)
-        m = tl.load(mixing + i[:, None] * ODD + j[None, :], mask=(i[:, None] < ODD) & (j[None, :] < ODD), other=0.0)
-        v = tl.dot(m, v, input_precision="ieee")
     v *= scale
     if SIGNED and INVERSE:
         v *= s
@@ -51,8 +58,8 @@ def hadamard_kernel(
 def hadamard(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     """`x (..., K)`; fp64, and rows too long for one program or hardly divisible by 2, take PyTorch's own kernels."""
     odd, two = factors(x.shape[-1])
-    rows = 1 if odd == 1 else ceil_pow2(odd, LEAST)
-    if not x.numel() or x.dtype == torch.float64 or rows * two > LONGEST or (odd > 1 and two < LEAST):
+    rows = ceil_pow2(odd)
+    if not x.numel() or x.dtype == torch.float64 or rows * two > LONGEST or odd > MOST_ODD:
         return transformed(x, signs, inverse)
     x = x.contiguous()
     out = torch.empty_like(x)
