@@ -178,7 +178,10 @@ def test_tracers(ways: Ways, weight: QuantizedTensor) -> None:
     assert ways == ["op", "op"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+# From torch 2.14 on, a warning that another tracer is preferred.
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning"
+)
 def test_the_old_tracer(ways: Ways, weight: QuantizedTensor) -> None:
     traced = torch.jit.trace(lambda x: F.linear(x, weight), torch.randn(3, K), check_trace=False)
     assert "lowbit::linear" in str(traced.graph)
@@ -200,6 +203,7 @@ def test_functorch(ways: Ways, weight: QuantizedTensor) -> None:
     assert ways == ["op"]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # of torch's own decompositions
 def test_forward_differentiation(ways: Ways, weight: QuantizedTensor) -> None:
     x = torch.randn(3, K)
     with forward_ad.dual_level():
