@@ -147,6 +147,7 @@ def test_a_dispatch_mode(ways: Ways, weight: QuantizedTensor) -> None:
     assert "lowbit::linear" in mode.seen
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.11 and 2.12
 def test_a_profiler(ways: Ways, weight: QuantizedTensor) -> None:
     with torch.inference_mode(), torch.profiler.profile() as profile:
         F.linear(torch.randn(3, K), weight)
