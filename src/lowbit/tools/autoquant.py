@@ -279,7 +279,7 @@ def quantized(
         size = 0
         for name in names:
             seen = moments[name] if moments is not None and recipe.needs_batches else None
-            size += quantize_layer_(name, held[name], config, recipe.rounding, seen).bytes_after
+            size += quantize_layer_(name, held[name], config, replace(recipe, steps=()), seen).bytes_after
         yield size
     finally:
         for module, parameters in before:
