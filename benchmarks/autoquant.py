@@ -47,8 +47,8 @@ def main() -> int:
     ids = torch.tensor(encode(args.text.read_text() if args.text else held_out_text()))
     other = torch.tensor(encode(args.calibration.read_text())) if args.calibration else ids[len(ids) // 2 :]
     specs, words = [parse_config(c).spec for c in args.configs.split(",")], args.algorithms.split(",")
-    needy = any(parse_recipe(word).needs_batches for word in words)
-    batches = list(other[: args.algorithm_tokens][None].split(1024, 1)) if needy else None
+    seen = any(parse_recipe(word).takes_batches for word in words)
+    batches = list(other[: args.algorithm_tokens][None].split(1024, 1)) if seen else None
     out: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
 
     def save() -> None:
@@ -82,7 +82,7 @@ def main() -> int:
     kls = {tuple(r["choices"]): r["measured_kl"] for r in out["rows"]}
     done = {r["name"] for r in out["rows"]}
     # Those that need no algorithm first: they take seconds, the others minutes.
-    for name, plan in sorted(plans.items(), key=lambda item: found.needs_batches(item[1])):
+    for name, plan in sorted(plans.items(), key=lambda item: found.takes_batches(item[1])):
         if name in done:
             continue
         if plan.choices not in kls:
@@ -97,12 +97,13 @@ def main() -> int:
 
 
 def timed(model: nn.Module, found: Measurements, plans: dict[str, Plan]) -> dict[str, float]:
-    """Microseconds of the layers of each plan and of the original, in turns. Which algorithm chose the codes does not
-    matter to that, so rounding to nearest stands for all."""
+    """Microseconds of the layers of each plan and of the original, in turns. Which algorithm chose the values does not
+    matter to that, so rounding to nearest stands for all, with the same things beside the weights."""
     models = {FLOAT: model}
     for name, plan in plans.items():
         models[name] = variant(model)
-        quantize_(models[name], found.rules(plan), measure=False)
+        words = {layer: str(parse_recipe(word).to_nearest) for layer, word in found.algorithms(plan).items()}
+        quantize_(models[name], found.rules(plan), algorithm=words, measure=False)
     return layers_us(models, list(found.rules(found.uniform(FLOAT))), found.tokens)
 
 

@@ -25,7 +25,6 @@ from lowbit.models import Llama
 from lowbit.models.fuse import fuse_projections_, unfuse_projections_
 from lowbit.models.inference import State, forward
 from lowbit.recipe import ROUNDINGS, parse_recipe
-from lowbit.tools.autoquant import autoquant
 from lowbit.tune import tune_scales_
 
 LAYERS = "re:model.layers.*"
@@ -461,8 +460,3 @@ def test_what_cannot_have_one_is_refused() -> None:
         ):
             quantize_(model, {"0": "int4wo-16"}, algorithm=rule)
         assert not isinstance(model[0].weight, QuantizedTensor)
-
-
-def test_autoquant_refuses_it() -> None:
-    with pytest.raises(ValueError, match=r"'rtn\+lowrank-2' changes.*more than weights"):
-        autoquant(tiny_llama(), tiny_ids(1, 60)[0], ["int4wo-16"], algorithms=["rtn+lowrank-2"])

@@ -36,8 +36,9 @@ from lowbit.quantize_layer import (
     row_of,
     skipped,
     static_scale_of,
+    why_not_beside,
 )
-from lowbit.recipe import LOWRANK, Recipe, Recipes, recipes_of
+from lowbit.recipe import Recipes, recipes_of
 from lowbit.report import LayerReport, Report
 from lowbit.resume import JournalKeeper
 from lowbit.rules import FilterFn, FqnToConfig, Rule, plan_of, why_not
@@ -141,14 +142,13 @@ def quantize_(
         recipe = recipes.by_layer[item.name]
         if not recipe.takes_batches:
             moments = None
-        both = "incoherence" in recipe.steps
-        key = (id(weight), item.scheme, recipe.rank, both)
+        key = (id(weight), item.scheme, recipe.rank, recipe.incoherent)
         if key in done:
             parameter, beside, first = done[key]
             report.layers.append(replace(row_of(item, weight, 0, None), bytes_before=0, note=f"shares {first}"))
         else:
             if kept is None:
-                sides = 2 if both else int(item.name in turned)
+                sides = 2 if recipe.incoherent else int(item.name in turned)
                 kept = quantize_weight(weight, item, device, on_nonfinite == "zero", measure, recipe, moments, sides)
                 if recipe.rounding == "gptq" and moments is None:
                     row = replace(kept.row, note="no inputs seen: scales searched, rounded to nearest")
@@ -264,23 +264,12 @@ def _checked_recipes(
             "model first" + see("bad-option")
         )
     for item in work:
-        _check_beside(item, recipes.by_layer[item.name])
+        if (reason := why_not_beside(item.module, recipes.by_layer[item.name])) is not None:
+            raise ValueError(
+                f"quantize_: {item.name} {reason}. Give it an algorithm of its own (algorithm={{{item.name!r}: ...}})"
+                + see("layer-not-quantizable")
+            )
     return recipes
-
-
-def _check_beside(item: Work, recipe: Recipe) -> None:
-    """A layer can have what its recipe puts beside its weight."""
-    words = ["incoherence"] * ("incoherence" in recipe.steps) + [f"{LOWRANK}-{recipe.rank}"] * bool(recipe.rank)
-    reason = why_nothing_beside(item.module) if words else None
-    if words and reason is None:
-        n, k = item.module.weight.shape  # type: ignore[misc, union-attr]
-        if recipe.rank > min(n, k):
-            reason = f"the rank of a weight ({n}, {k}) is at most {min(n, k)}"
-    if reason is not None:
-        raise ValueError(
-            f"quantize_: {item.name} cannot have {' and '.join(words)}: {reason}. Give it an algorithm of its own "
-            f"(algorithm={{{item.name!r}: ...}})" + see("layer-not-quantizable")
-        )
 
 
 def _refuse_stale_scales(work: list[Work], recipes: Recipes) -> None:

@@ -16,8 +16,17 @@ from lowbit.configs import Config, Scheme
 from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, count_nonfinite
 from lowbit.formats.elements import FloatElement
-from lowbit.linear import LOW_RANK, SIGNS, nbytes_beside, random_signs, turned_moment, turned_weight
-from lowbit.recipe import Recipe, round_weight
+from lowbit.linear import (
+    LOW_RANK,
+    SIGNS,
+    nbytes_beside,
+    put_beside_,
+    random_signs,
+    turned_moment,
+    turned_weight,
+    why_nothing_beside,
+)
+from lowbit.recipe import LOWRANK, TO_NEAREST, Recipe, round_weight
 from lowbit.report import LayerReport
 from lowbit.tensor import QuantizedTensor
 
@@ -44,21 +53,38 @@ class Made(NamedTuple):
 
 
 def quantize_layer_(
-    name: str, module: nn.Module, config: Config, rounding: str = "rtn", moments: Moments | None = None
+    name: str, module: nn.Module, config: Config, recipe: Recipe = TO_NEAREST, moments: Moments | None = None
 ) -> LayerReport:
-    """What `quantize_` does to one layer, for loaders that meet a model's weights one after the other.
+    """What `quantize_` does to one layer, for those that meet a model's layers one after the other.
 
-    `moments` are those of its inputs, which `"gptq"` needs; `"mse"` weighs errors by them.
+    Of the recipe's steps only `incoherence` is done here; the others change more than one layer. `moments` are those of
+    the layer's inputs, which `"gptq"` needs; `"mse"` and a low-rank term weigh errors by them.
 
     Raises:
-        ValueError: the weight holds NaN or Inf, or the config needs a calibrated scale.
+        ValueError: the weight holds NaN or Inf, the config needs a calibrated scale, or the layer cannot have what the
+            recipe puts beside its weight.
     """
     item = Work(name, module, config.scheme, static_scale_of(name, config, None))
+    if (reason := why_not_beside(module, recipe)) is not None:
+        raise ValueError(f"quantize_: {name} {reason}" + see("layer-not-quantizable"))
     refuse_nonfinite([item])
     weight: Tensor = module.weight  # type: ignore[assignment]
-    made = quantize_weight(weight, item, None, False, True, Recipe((), rounding), moments)
+    made = quantize_weight(weight, item, None, False, True, recipe, moments, 2 if recipe.incoherent else 0)
     module.weight = nn.Parameter(made.weight, requires_grad=False)
+    if made.beside:
+        put_beside_(module, made.beside)
     return made.row
+
+
+def why_not_beside(module: nn.Module, recipe: Recipe) -> str | None:
+    """Why a layer cannot have what its recipe puts beside its weight, "cannot have ...: ...", or None if it can."""
+    words = ["incoherence"] * recipe.incoherent + [f"{LOWRANK}-{recipe.rank}"] * bool(recipe.rank)
+    reason = why_nothing_beside(module) if words else None
+    if words and reason is None:
+        n, k = module.weight.shape  # type: ignore[misc, union-attr]
+        if recipe.rank > min(n, k):  # type: ignore[type-var, operator]
+            reason = f"the rank of a weight ({n}, {k}) is at most {min(n, k)}"  # type: ignore[type-var]
+    return None if reason is None else f"cannot have {' and '.join(words)}: {reason}"
 
 
 def refuse_nonfinite(work: list[Work]) -> None:

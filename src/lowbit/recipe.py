@@ -33,6 +33,8 @@ STEPS = {
 }
 #: Those that turn a model by random signs and look at nothing.
 BLIND = frozenset(("rotation", "hadamard", "incoherence"))
+#: Those that leave an op in the model that runs.
+AT_RUN_TIME = frozenset(("hadamard", "incoherence"))
 #: Those that layers of one block may have or not, and pairs that do not go together.
 BY_LAYER, RIVALS = frozenset(("awq", "incoherence")), ({"smoothquant", "awq"}, {"hadamard", "incoherence"})
 # More than the 0.01 of the paper, which calibrates with eight times as much text: 0.231 nats instead of 0.245 for int4
@@ -59,6 +61,16 @@ class Recipe:
         return next((s for s in self.steps if s in ("smoothquant", "awq")), None)
 
     @property
+    def incoherent(self) -> bool:
+        """Whether inputs and outputs of the layer are turned."""
+        return "incoherence" in self.steps
+
+    @property
+    def to_nearest(self) -> Recipe:
+        """Without all that only changes values. What remains at run time is the same, so bytes and time are."""
+        return Recipe(tuple(s for s in self.steps if s in AT_RUN_TIME), "rtn", self.rank)
+
+    @property
     def needs_batches(self) -> bool:
         """Whether anything is chosen for inputs."""
         return self.rounding == "gptq" or bool({*self.steps} - BLIND)
@@ -67,6 +79,9 @@ class Recipe:
     def takes_batches(self) -> bool:
         """Whether inputs are of use: a low-rank term mends the output for them, and the weight without them."""
         return self.needs_batches or self.rank > 0
+
+
+TO_NEAREST = Recipe((), "rtn")
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def recipes_of(algorithm: str | Mapping[str, str], layers: Sequence[str]) -> Rec
             (k for k in words if k.startswith("re:") and re.fullmatch(k[3:], layer)), "_default"
         )  # fmt: skip
         used.add(key)
-        found[layer] = words.get(key, Recipe((), "rtn"))
+        found[layer] = words.get(key, TO_NEAREST)
     if unmatched := sorted(set(words) - used):
         raise ValueError(
             f"quantize_: algorithms for names that match no layer to be quantized: {unmatched}"
@@ -138,7 +153,7 @@ def parse_recipe(algorithm: str) -> Recipe:
     before, plus, end = algorithm.rpartition("+")
     found = re.fullmatch(rf"{LOWRANK}(?:-([1-9]\d*))?", end)
     if found is not None:
-        recipe = parse_recipe(before) if plus else Recipe((), "rtn")
+        recipe = parse_recipe(before) if plus else TO_NEAREST
         if recipe.rank:
             raise ValueError(
                 f"quantize_: algorithm {algorithm!r} names {LOWRANK} twice; once is enough" + see("bad-option")

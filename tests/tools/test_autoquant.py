@@ -1,7 +1,10 @@
 """Choices per layer: what is measured, and what follows from it."""
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,18 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.graph import decoder_graph
-from lowbit.tools.autoquant import autoquant, groups_of, layers_us, measure_times, measured, quantized_by, shape_of
+from lowbit.models.fuse import fuse_projections_
+from lowbit.recipe import parse_recipe
+from lowbit.tools.autoquant import (
+    autoquant,
+    groups_of,
+    layers_us,
+    measure_times,
+    measured,
+    quantized_by,
+    shape_of,
+    timed_as,
+)
 from lowbit.tools.autoquant_plan import FLOAT, Candidate, Group, Measurements, candidate_name, load_plan, save_plan
 from lowbit.tools.evaluate import evaluate, reference_of
 
@@ -141,7 +155,7 @@ def test_by_speed_alone_the_algorithm_that_loses_least_is_taken(both: Measuremen
 
 def test_a_whole_plan_is_measured_in_time_and_divergence(model: nn.Module, both: Measurements) -> None:
     plan = both.within(max_bytes=both.uniform("int4wo-16").bytes)
-    assert both.needs_batches(plan)
+    assert both.takes_batches(plan)
     reference = reference_of(model, IDS, 64)
     whole = measured(model, both, plan, reference, BATCHES)
     assert whole.measured_us is not None
@@ -181,11 +195,155 @@ def test_groups_that_cannot_take_an_algorithm_are_named(model: nn.Module) -> Non
 
 def test_algorithms_that_change_more_than_a_group_are_refused(model: nn.Module) -> None:
     for words, batches, match in (
-        (("rotation",), None, "changes whole blocks"), (("gptq",), None, "needs batches"),
-        (("rtn",), BATCHES, "none of the algorithms"), (("best",), None, "unknown algorithm"),
+        (("rotation",), None, "'rotation' has rotation, which all layers of a model have or none"),
+        (("awq+align+hadamard+gptq+lowrank-4",), BATCHES, "has align and hadamard, which all.*Offer rtn, .*-RANK"),
+        (("gptq",), None, "needs batches"), (("incoherence+gptq",), None, "needs batches"),
+        (("rtn", "incoherence+rtn"), BATCHES, "none of the algorithms"), (("best",), None, "unknown algorithm"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             autoquant(model, IDS, ["int4wo-16"], algorithms=words, batches=batches, times=table(model), window=64)
+
+
+# Beside the weight --------------------------------------------------------------------------------
+
+BESIDE = (
+    "gptq", "gptq+lowrank-4", "rtn+lowrank-2", "awq+gptq+lowrank-2", "incoherence+gptq", "awq+incoherence+rtn",
+    "incoherence+gptq+lowrank-4",
+)  # fmt: skip
+
+
+def beside_of(model: nn.Module, algorithms: Sequence[str] = BESIDE, **options: Any) -> Measurements:
+    kinds = {timed_as("int4wo-16", parse_recipe(word)): i + 1.0 for i, word in enumerate(algorithms)}
+    times = {(shape_of(m), s): us for m in linears_of(model).values() for s, us in {FLOAT: 0.0, **kinds}.items()}
+    given = {"batches": BATCHES, "times": times, "window": 64, **options}
+    return autoquant(model, IDS, ["int4wo-16"], algorithms=algorithms, **given)
+
+
+@pytest.fixture(scope="module")
+def beside(model: nn.Module) -> Measurements:
+    """What algorithms put beside a weight."""
+    return beside_of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_include_what_lies_beside_the_weight(dtype: torch.dtype) -> None:
+    """To the byte those of `quantize_`, a mixed plan's too, in the dtype of the model and not of the copy in fp32."""
+    found = beside_of(tiny_llama(dtype=dtype))
+    mixed = [FLOAT, *(candidate_name("int4wo-16", word) for word in BESIDE)]
+    for plan in (*map(found.uniform, found.choices), found.plan(mixed)):
+        model = tiny_llama(dtype=dtype)
+        batches = BATCHES if found.takes_batches(plan) else None
+        report = lowbit.quantize_(model, found.rules(plan), algorithm=found.algorithms(plan), batches=batches)
+        assert sum(layer.bytes_after for layer in report.layers) == plan.bytes
+    for group in found.groups:
+        sizes = sum(sum(shape_of(model.get_submodule(n))) for n in group.layers)
+        plain, term, turned = (
+            group.candidate(f"int4wo-16 {word}").bytes for word in ("gptq", "gptq+lowrank-4", "incoherence+gptq")
+        )
+        assert (term - plain, turned - plain) == (dtype.itemsize * 4 * sizes, sizes)
+
+
+@pytest.mark.parametrize("word", BESIDE)
+def test_divergence_with_something_beside_is_that_of_quantize(
+    model: nn.Module, beside: Measurements, word: str
+) -> None:
+    """Of the last group, so that the blocks before it are as calibration saw them; and each was put back."""
+    plan = beside.plan([FLOAT] * (len(beside.groups) - 1) + [candidate_name("int4wo-16", word)])
+    whole = measured(model, beside, plan, reference_of(model, IDS, 64), BATCHES)
+    assert whole.measured_kl == plan.kl > 0
+
+
+@pytest.mark.parametrize("word", ["rtn+lowrank-2", "incoherence+rtn", "incoherence+hqq+lowrank-2"])
+def test_without_inputs_every_group_gives_what_quantize_gives(model: nn.Module, word: str) -> None:
+    """A low-rank term then mends weights, not outputs, and no layer's choice depends on another's."""
+    found = beside_of(model, (word,), batches=None)
+    reference, choice = reference_of(model, IDS, 64), candidate_name("int4wo-16", word)
+    for i in range(len(found.groups)):
+        plan = found.plan([choice if i == j else FLOAT for j in range(len(found.groups))])
+        copy = tiny_llama()
+        lowbit.quantize_(copy, found.rules(plan), algorithm=found.algorithms(plan))
+        assert evaluate(copy, IDS, reference, 64).kl_mean == plan.kl
+
+
+def test_a_term_is_worth_its_bytes_where_the_budget_has_them(model: nn.Module) -> None:
+    """What is offered more is never worse, and a budget between two uniform plans buys terms for some groups."""
+    less, more = beside_of(model, ("gptq",)), beside_of(model, ("gptq", "gptq+lowrank-4"))
+    for plan in less.front()[0]:
+        assert more.within(max_bytes=plan.bytes).kl <= plan.kl
+    small, large = more.uniform("int4wo-16 gptq"), more.uniform("int4wo-16 gptq+lowrank-4")
+    plan = more.within(max_bytes=(small.bytes + large.bytes) // 2)
+    assert plan.kl < less.within(max_bytes=plan.bytes).kl
+    assert set(more.algorithms(plan).values()) == {"gptq", "gptq+lowrank-4"}
+
+
+def test_a_plan_with_terms_survives_a_file(model: nn.Module, beside: Measurements, tmp_path: Path) -> None:
+    plan = beside.plan([FLOAT, *(candidate_name("int4wo-16", word) for word in BESIDE)])
+    save_plan(beside, plan, tmp_path / "rules.json")
+    rules, algorithms = load_plan(tmp_path / "rules.json")
+    assert set(algorithms.values()) == set(BESIDE)
+    copies = [tiny_llama(), quantized_by(model, beside, plan, BATCHES)]
+    lowbit.quantize_(copies[0], rules, algorithm=algorithms, batches=BATCHES)
+    assert torch.equal(copies[0](IDS[None]), copies[1](IDS[None]))
+
+
+def test_time_is_that_of_the_layer_with_all_of_it(model: nn.Module, beside: Measurements) -> None:
+    """Keyed by what is beside the weight, whatever chose the values."""
+    order = [timed_as("int4wo-16", parse_recipe(word)) for word in BESIDE]
+    assert order == [
+        "int4wo-16", "int4wo-16 rtn+lowrank-4", "int4wo-16 rtn+lowrank-2", "int4wo-16 rtn+lowrank-2",
+        "int4wo-16 incoherence+rtn", "int4wo-16 incoherence+rtn", "int4wo-16 incoherence+rtn+lowrank-4",
+    ]  # fmt: skip
+    for group in beside.groups:
+        us = [c.us / len(group.layers) for c in group.candidates[1:]]
+        assert us == [1.0, 2.0, 4.0, 4.0, 6.0, 6.0, 7.0]
+    old = {key: us for key, us in table(model).items() if key[1] != "int8wo"}
+    with pytest.raises(ValueError, match=r"times lacks 'int4wo-16 rtn\+lowrank-2' for .*leave times= out"):
+        beside_of(model, ("rtn", "rtn+lowrank-2"), times=old)
+
+
+def test_a_layer_takes_longer_with_something_beside_its_weight() -> None:
+    """For one token, A and B of full rank are eight times the bytes of the weight, in parts and as a whole."""
+    linears = {"a": nn.Linear(512, 512, False).requires_grad_(False)}
+    recipes = [parse_recipe(word) for word in ("gptq", "rtn+lowrank-512", "incoherence+rtn+lowrank-512")]
+    times = measure_times(linears, ["int8wo"], 1, recipes)
+    assert set(times) == {((512, 512), name) for name in (FLOAT, *(timed_as("int8wo", r) for r in recipes))}
+    plain = times[(512, 512), "int8wo"]
+    assert min(times[(512, 512), timed_as("int8wo", r)] for r in recipes[1:]) > 2 * plain
+    models = {}
+    for word in ("rtn", "rtn+lowrank-512"):
+        models[word] = nn.ModuleDict({str(i): deepcopy(linears["a"]) for i in range(8)})
+        lowbit.quantize_(models[word], "int8wo", algorithm=word)
+    whole = layers_us(models, list(models["rtn"]), 1)
+    assert whole["rtn+lowrank-512"] > 2 * whole["rtn"]
+
+
+def test_transforms_and_terms_need_no_known_architecture() -> None:
+    strange = Strange().eval()
+    words = ("rtn", "rtn+lowrank-3", "incoherence+rtn")
+    found = beside_of(strange, words, batches=None, times=None, skip=("out",))
+    assert found.choices == (FLOAT, *(candidate_name("int4wo-16", word) for word in words))
+    plan = found.uniform("int4wo-16 incoherence+rtn")
+    report = lowbit.quantize_(strange, found.rules(plan), algorithm=found.algorithms(plan))
+    assert sum(layer.bytes_after for layer in report.layers) == plan.bytes
+
+
+def test_joined_projections_stay_whole() -> None:
+    """One layer with one term, as `quantize_` gives it."""
+    model = tiny_llama()
+    fuse_projections_(model)
+    found = beside_of(model, ("rtn", "rtn+lowrank-4", "incoherence+rtn"), batches=None)
+    assert {len(g.layers) for g in found.groups} == {1}
+    plan = found.within(max_bytes=found.uniform("int4wo-16 rtn+lowrank-4").bytes)
+    report = lowbit.quantize_(model, found.rules(plan), algorithm=found.algorithms(plan))
+    assert sum(layer.bytes_after for layer in report.layers) == plan.bytes
+
+
+def test_layers_that_cannot_have_it_are_named(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"k_proj cannot have lowrank-17: the rank .* at most 16. Leave it out"):
+        beside_of(model, ("rtn+lowrank-17",), batches=None)
+
+
+# Plans --------------------------------------------------------------------------------------------
 
 
 def test_measuring_leaves_the_model_as_it_was(model: nn.Module, found: Measurements) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from lowbit.cli.output import Debug, Device, Dtype, Json, Model, command, emit_json, megabytes, progress_bar, stdout
 from lowbit.cli.weights import calibration_batches
 from lowbit.errors import see
-from lowbit.recipe import ROUNDINGS, parse_recipe
+from lowbit.recipe import BY_LAYER, LOWRANK, ROUNDINGS, STEPS, parse_recipe
 from lowbit.tools.autoquant import autoquant as measure
 from lowbit.tools.autoquant import measured
 from lowbit.tools.autoquant_plan import Plan, save_plan
@@ -30,7 +30,11 @@ def autoquant(
     configs: Annotated[str, typer.Option(help="What layers may become, joined by commas.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file for lowbit quantize --rules.")],
     algorithms: Annotated[
-        str, typer.Option(help=f"How they may be rounded: {', '.join(ROUNDINGS)}, or awq before one, joined by commas.")
+        str,
+        typer.Option(
+            help=f"How they may be quantized, joined by commas: {', '.join(ROUNDINGS)}; before it, joined by +, any of "
+            f"{', '.join(s for s in STEPS if s in BY_LAYER)}; behind it, {LOWRANK} or {LOWRANK}-RANK."
+        ),
     ] = "rtn",
     budget_mb: Annotated[float | None, typer.Option(help="Megabytes (1e6 bytes) of the layers' weights.")] = None,
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds of the layers' matmuls in a step.")] = None,
@@ -38,7 +42,8 @@ def autoquant(
     tokens: Annotated[int, typer.Option(help="Rows of a matmul whose time is measured.")] = 1,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens that sensitivities are measured on.")] = 256,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq see; default: the packaged prose.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Text that gptq, awq and lowrank see; default: the packaged prose."),
     ] = None,
     algorithm_tokens: Annotated[int, typer.Option(help="How much of it.")] = 8192,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Size and KL of all plans: svg, png, pdf.")] = None,
@@ -60,8 +65,8 @@ def autoquant(
     ids = torch.tensor(source.tokenizer().encode(held_out_text()))
     window = min(1024, loaded.config.max_positions)
     words = algorithms.split(",")
-    needy = any(parse_recipe(word).needs_batches for word in words)
-    batches = calibration_batches(source, loaded, calibration, algorithm_tokens, device) if needy else None
+    seen = any(parse_recipe(word).takes_batches for word in words)
+    batches = calibration_batches(source, loaded, calibration, algorithm_tokens, device) if seen else None
     with progress_bar("measuring") as update:
         found = measure(loaded, ids[-calibration_tokens:], configs.split(","), algorithms=words, batches=batches,
                         tokens=tokens, window=window, progress=update)  # fmt: skip

@@ -9,7 +9,7 @@ the divergence as long as the errors of layers are small and independent. So the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -18,16 +18,17 @@ from itertools import count, product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.calibrate import Moments, blocks_of, run_blocks
 from lowbit.errors import see
 from lowbit.fold import awq_
 from lowbit.graph import Layer, decoder_graph
+from lowbit.linear import beside, nbytes_beside
+from lowbit.original import Original
 from lowbit.quantize import quantize_
-from lowbit.quantize_layer import quantize_layer_
-from lowbit.recipe import Recipe, parse_recipe
+from lowbit.quantize_layer import quantize_layer_, why_not_beside
+from lowbit.recipe import BY_LAYER, LOWRANK, ROUNDINGS, TO_NEAREST, Recipe, parse_recipe
 from lowbit.rules import why_not
 from lowbit.specs import parse_config
 from lowbit.tools.autoquant_plan import FLOAT, Candidate, Group, Measurements, Plan, candidate_name
@@ -36,7 +37,7 @@ from lowbit.tools.sources import variant
 from lowbit.tools.timing import Call, copies_for, take_turns, turn_of, warm_up
 
 Shape = tuple[int, int]
-#: (N, K), config -> microseconds of one matmul
+#: (N, K), name of a candidate that is rounded to nearest (`timed_as`) -> microseconds of one layer
 Times = Mapping[tuple[Shape, str], float]
 Progress = Callable[[int, int, str], None]
 
@@ -60,30 +61,36 @@ def autoquant(
         model: as `evaluate` takes it; float weights. Divergences are measured on a copy of it in fp32.
         ids: `(tokens,)` text to measure divergences on; a few hundred tokens tell layers apart.
         configs: short names of configs without static activation scales.
-        algorithms: words as `quantize_` takes them, of steps `awq` alone: others change more than a group. Groups
-            that cannot take one are offered the rest, and a warning names them.
-        batches: ids `(1, T)` that algorithms see which need inputs.
+        algorithms: words as `quantize_` takes them, with the steps `awq` and `incoherence` alone: all layers have the
+            others or none. Groups that cannot take one are offered the rest, and a warning names them.
+        batches: ids `(1, T)` that algorithms see which need inputs, or have a use for them as low-rank terms have.
         tokens: rows of the matmuls that are timed: the sequences that generate at once, or a prompt's length.
         window: tokens that the model sees at once.
-        times: microseconds for every shape and config and `FLOAT`, instead of measuring them.
+        times: microseconds of every shape, `(N, K)`, and config and `FLOAT`, instead of measuring them. With what lies
+            beside a weight, the algorithm that has it and rounds to nearest stands behind the config, such as
+            "int4wo-128 rtn+lowrank-8" and "int4wo-128 incoherence+rtn".
         skip: layers to leave alone.
 
     Raises:
-        ValueError: no layer, an unknown config or algorithm, or one that a layer cannot take; a layer does not run for
-            `ids`, so that nothing would be known of it.
+        ValueError: no layer, an unknown config or algorithm, or one that a layer cannot take; `times` lacks a time; a
+            layer does not run for `ids`, so that nothing would be known of it.
     """
     specs, recipes = [parse_config(c).spec for c in configs], _checked_recipes(algorithms, batches)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in skip}
-    _check_layers(linears, specs)
+    _check_layers(linears, specs, recipes.values())
     groups = groups_of(model, linears, ids[:window])
-    times = times if times is not None else measure_times(linears, specs, tokens)
-    missing = {(shape_of(m), s) for m in linears.values() for s in (*specs, FLOAT)} - set(times)
+    times = times if times is not None else measure_times(linears, specs, tokens, recipes.values())
+    needed = {FLOAT, *(timed_as(spec, recipe) for spec, recipe in product(specs, recipes.values()))}
+    missing = {(shape_of(m), name) for m in linears.values() for name in needed} - set(times)
     if missing:
-        (n, k), spec = min(missing)
-        raise ValueError(f"autoquant: the table of times lacks {spec} for {n}x{k}" + see("bad-option"))
+        (n, k), name = min(missing)
+        raise ValueError(
+            f"autoquant: the table of times lacks {name!r} for {n}x{k}; add it, or leave times= out to measure all"
+            + see("bad-option")
+        )
     # In bf16, rounding alone moves the divergence by more than 8 bits do, and the sum over layers by a tenth of a nat.
     exact = deepcopy(model).float()
-    graph = decoder_graph(exact) if any(r.steps for r in recipes.values()) else None
+    graph = decoder_graph(exact) if any(r.scaling for r in recipes.values()) else None
     edges = {e.readers: (layer, e.source) for layer in graph.layers for e in layer.edges} if graph is not None else {}
     reference, found, done = reference_of(exact, ids, window), dict[tuple[str, ...], Group](), 0
 
@@ -96,14 +103,16 @@ def autoquant(
             if progress is not None:
                 progress(done, len(groups) * len(specs) * len(recipes), f"{names[0]} {candidate_name(spec, word)}")
             done += 1
-            if (recipe.needs_batches and moments is None) or (recipe.steps and names not in edges):
+            if (recipe.needs_batches and moments is None) or (recipe.scaling and names not in edges):
                 continue
-            layer, source = edges[names] if recipe.steps else (None, names[0])
+            layer, source = edges[names] if recipe.scaling else (None, names[0])
             held = {n: exact.get_submodule(n) for n in (source, *names)}
-            with quantized(exact, held, names, spec, recipe, layer, moments) as size:
+            dtypes = {n: linears[n].weight.dtype for n in names}
+            with quantized(exact, held, dtypes, spec, recipe, layer, moments) as size:
                 kl = evaluate(exact, ids, reference, window).kl_mean
             assert kl is not None
-            candidates.append(Candidate(spec, size, sum(times[shape_of(m), spec] for m in modules), kl, word))
+            us = sum(times[shape_of(m), timed_as(spec, recipe)] for m in modules)
+            candidates.append(Candidate(spec, size, us, kl, word))
         found[names] = Group(names, tuple(candidates))
 
     def visit(moments: dict[str, Moments]) -> None:
@@ -132,14 +141,15 @@ def autoquant(
 def quantized_by(
     model: nn.Module, found: Measurements, plan: Plan, batches: Sequence[Tensor] | None = None
 ) -> nn.Module:
-    """A copy of the model quantized by the plan; what stays float is shared with the original.
+    """A copy of the model quantized by the plan; what stays float is shared with the original. `batches` are those that
+    `autoquant` was given.
 
     Raises:
         ValueError: the plan's algorithms need batches.
     """
     copy = variant(model)
-    needed = batches if found.needs_batches(plan) else None
-    quantize_(copy, found.rules(plan), algorithm=found.algorithms(plan), batches=needed, measure=False)
+    seen = batches if found.takes_batches(plan) else None
+    quantize_(copy, found.rules(plan), algorithm=found.algorithms(plan), batches=seen, measure=False)
     return copy
 
 
@@ -156,6 +166,7 @@ def measured(
 
 def layers_us(models: Mapping[str, nn.Module], layers: Sequence[str], tokens: int) -> dict[str, float]:
     """Microseconds of the named Linears of each model, called one after the other with `tokens` rows; models in turns.
+    What lies beside a weight runs with it, and so does a bias.
 
     Each layer is called once per turn: together they exceed the cache, as in a model that runs.
 
@@ -166,9 +177,10 @@ def layers_us(models: Mapping[str, nn.Module], layers: Sequence[str], tokens: in
     for name, model in models.items():
         calls = list[Call]()
         for layer in layers:
-            weight: Tensor = model.get_submodule(layer).weight.detach()  # type: ignore[operator, union-attr, assignment]
+            module = model.get_submodule(layer)
+            weight: Tensor = module.weight  # type: ignore[assignment]
             x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
-            calls.append(partial(F.linear, x, weight))
+            calls.append(partial(module.forward, x))
         with torch.inference_mode():
             warm_up(calls, x.device)
         turns[name] = turn_of(calls, x.device)
@@ -263,46 +275,55 @@ def starting_at(model: nn.Module, layer: str, run: Callable[[], object]) -> Iter
 
 @contextmanager
 def quantized(
-    model: nn.Module, held: Mapping[str, nn.Module], names: Sequence[str], spec: str, recipe: Recipe,
+    model: nn.Module, held: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype], spec: str, recipe: Recipe,
     layer: Layer | None, moments: dict[str, Moments] | None,
 ) -> Iterator[int]:  # fmt: skip
-    """Inside, the layers `names` hold weights quantized to `spec`; yields the bytes of those.
+    """Inside, the layers of a group are quantized to `spec`; yields the bytes of their weights and what lies beside.
 
-    `held` are all modules that the recipe changes, to be put back as they were. `moments` are those of the layers'
-    inputs; a recipe that needs none sees none, as in `quantize_`.
+    `held` are all modules that the recipe changes, to be put back as they were, and `dtypes` those of the original's
+    weights by layer. `moments` are those of the layers' inputs; a recipe of no use for them sees none, as in
+    `quantize_`.
     """
-    before = [(module, dict(module._parameters)) for module in held.values()]
+    before = [Original(module) for module in held.values()]
     config = parse_config(spec)
     try:
         if layer is not None and moments is not None:
-            moments = awq_(model, layer, moments, dict.fromkeys(names, config.scheme.weight))
+            moments = awq_(model, layer, moments, dict.fromkeys(dtypes, config.scheme.weight))
         size = 0
-        for name in names:
-            seen = moments[name] if moments is not None and recipe.needs_batches else None
-            size += quantize_layer_(name, held[name], config, recipe.rounding, seen).bytes_after
+        for name, dtype in dtypes.items():
+            module, seen = held[name], moments[name] if moments is not None and recipe.takes_batches else None
+            quantize_layer_(name, module, config, recipe, seen)
+            # A low-rank term has the dtype of the model's own weights, which this copy in fp32 does not know.
+            for part in beside(module).values():
+                if part.is_floating_point():
+                    part.data = part.data.to(dtype)
+            size += module.weight.nbytes_packed + nbytes_beside(beside(module).values())  # type: ignore[operator, union-attr, assignment]
         yield size
     finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)
+        for original in before:
+            original.put_back()
 
 
 def _checked_recipes(algorithms: Sequence[str], batches: Sequence[Tensor] | None) -> dict[str, Recipe]:
     recipes = {word: parse_recipe(word) for word in algorithms}
-    if wide := [w for w, r in recipes.items() if set(r.steps) - {"awq"} or r.rank]:
-        raise ValueError(
-            f"autoquant: {wide[0]!r} changes whole blocks or the whole model, or more than weights; beside a rounding, "
-            "offer 'awq' alone" + see("bad-option")
-        )
+    for word, recipe in recipes.items():
+        if wide := [step for step in recipe.steps if step not in BY_LAYER]:
+            raise ValueError(
+                f"autoquant: {word!r} has {' and '.join(wide)}, which all layers of a model have or none, and groups "
+                f"choose apart. Offer {', '.join(ROUNDINGS)}, with {' or '.join(sorted(BY_LAYER))} before and "
+                f"{LOWRANK}-RANK behind, or give it to all layers with quantize_" + see("bad-option")
+            )
     needy = [w for w, r in recipes.items() if r.needs_batches]
-    if bool(needy) != (batches is not None):
+    if needy and batches is None:
         raise ValueError(
-            (f"autoquant: algorithm {needy[0]!r} needs batches=..., ids (1, T) of typical text" if needy else
-             f"autoquant: none of the algorithms {list(recipes)} takes batches") + see("bad-option")
-        )  # fmt: skip
+            f"autoquant: algorithm {needy[0]!r} needs batches=..., ids (1, T) of typical text" + see("bad-option")
+        )
+    if batches is not None and not any(r.takes_batches for r in recipes.values()):
+        raise ValueError(f"autoquant: none of the algorithms {list(recipes)} takes batches" + see("bad-option"))
     return recipes
 
 
-def _check_layers(linears: Mapping[str, nn.Module], specs: Sequence[str]) -> None:
+def _check_layers(linears: Mapping[str, nn.Module], specs: Sequence[str], recipes: Collection[Recipe]) -> None:
     if not specs or not linears:
         raise ValueError("autoquant: needs a config and a layer that may take it" + see("no-layer-selected"))
     for spec in specs:
@@ -315,6 +336,18 @@ def _check_layers(linears: Mapping[str, nn.Module], specs: Sequence[str]) -> Non
                     f"autoquant: {spec} needs calibrated scales; offer configs with dynamic activations"
                     + see("bad-option")
                 )
+    for (name, module), recipe in product(linears.items(), recipes):
+        if (reason := why_not_beside(module, recipe)) is not None:
+            raise ValueError(
+                f"autoquant: {name} {reason}. Leave it out with skip=, or offer other algorithms"
+                + see("layer-not-quantizable")
+            )
+
+
+def timed_as(spec: str, recipe: Recipe) -> str:
+    """Under what name a table has the time of a config with an algorithm: which one chose the values does not matter to
+    it, what it puts beside the weight does."""
+    return candidate_name(spec, str(recipe.to_nearest))
 
 
 def shape_of(module: nn.Module) -> Shape:
@@ -324,34 +357,36 @@ def shape_of(module: nn.Module) -> Shape:
 
 @torch.inference_mode()
 def measure_times(
-    linears: Mapping[str, nn.Module], specs: Sequence[str], tokens: int
+    linears: Mapping[str, nn.Module], specs: Sequence[str], tokens: int, recipes: Collection[Recipe] = (TO_NEAREST,)
 ) -> dict[tuple[Shape, str], float]:
-    """Microseconds of each config's matmul per shape, in turns with the float one, weights out of the cache.
+    """Microseconds per shape of the matmul of each config, by `timed_as` with what each recipe puts beside the weight,
+    in turns with the float one, weights out of the cache.
 
     Raises:
         RuntimeError: a config does not run.
     """
+    kinds = {timed_as(s, r): (s, r.to_nearest) for s, r in product(specs, recipes)}
     out: dict[tuple[Shape, str], float] = {}
     for shape, module in {shape_of(m): m for m in linears.values()}.items():
         weight: Tensor = module.weight.detach()  # type: ignore[operator, union-attr, assignment]
         x = torch.randn(tokens, shape[1], device=weight.device).to(weight.dtype)
         turns = {}
-        for spec in (FLOAT, *specs):
-            calls = _calls(weight, x, spec)
+        for name, kind in {FLOAT: None, **kinds}.items():
+            calls = _calls(weight, x, kind)
             warm_up(calls, weight.device)
-            turns[spec] = turn_of(calls, weight.device)
-        for spec, timing in take_turns(turns, rounds=7, seconds=0.4).items():
+            turns[name] = turn_of(calls, weight.device)
+        for name, timing in take_turns(turns, rounds=7, seconds=0.4).items():
             if isinstance(timing, Exception):
-                raise RuntimeError(f"autoquant: {spec} does not run for {shape}: {timing}") from timing
-            out[shape, spec] = timing.us
+                raise RuntimeError(f"autoquant: {name} does not run for {shape}: {timing}") from timing
+            out[shape, name] = timing.us
     return out
 
 
-def _calls(weight: Tensor, x: Tensor, spec: str) -> list[Call]:
+def _calls(weight: Tensor, x: Tensor, kind: tuple[str, Recipe] | None) -> list[Call]:
     layer = nn.Linear(1, 1, bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     size = weight.numel() * weight.element_size()
-    if spec != FLOAT:
-        size = quantize_layer_("layer", layer, parse_config(spec)).bytes_after
-    held = layer.weight.detach()
-    return [partial(F.linear, x, held.clone()) for _ in range(copies_for(size))]
+    if kind is not None:
+        spec, recipe = kind
+        size = quantize_layer_("layer", layer, parse_config(spec), recipe).bytes_after
+    return [partial(deepcopy(layer).forward, x) for _ in range(copies_for(size))]

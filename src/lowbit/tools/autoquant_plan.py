@@ -18,7 +18,8 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One config and algorithm for one group: bytes of its weights, microseconds of its matmuls, nats of KL."""
+    """One config and algorithm for one group: bytes of its weights and microseconds of its matmuls, both with what lies
+    beside the weights, and nats of KL."""
 
     config: str
     bytes: int
@@ -98,9 +99,9 @@ class Measurements:
         """The `algorithm` of `quantize_`: that of every layer that is quantized."""
         return {n: c.algorithm for n, c in self._by_layer(plan) if c.config != FLOAT}
 
-    def needs_batches(self, plan: Plan) -> bool:
-        """Whether `quantize_` needs inputs for the plan."""
-        return any(parse_recipe(word).needs_batches for word in self.algorithms(plan).values())
+    def takes_batches(self, plan: Plan) -> bool:
+        """Whether `quantize_` has a use for inputs with the plan: those that `autoquant` was given, if any."""
+        return any(parse_recipe(word).takes_batches for word in self.algorithms(plan).values())
 
     def _by_layer(self, plan: Plan) -> list[tuple[str, Candidate]]:
         chosen = [(g, g.candidate(name)) for g, name in zip(self.groups, plan.choices, strict=True)]
@@ -123,8 +124,8 @@ class Measurements:
         if len(given) > 1:
             raise ValueError(f"autoquant: give one budget, not {' and '.join(given)}" + see("bad-option"))
         if not given:
-            # Algorithms of one config take the same time, and the one that loses least is taken; min takes the first of
-            # equals.
+            # Algorithms of one config that put nothing beside the weight take the same time, and the one that loses
+            # least is taken; min takes the first of equals.
             first = [sorted(g.candidates, key=lambda c: c.config != FLOAT) for g in self.groups]
             return self.plan([min(c, key=lambda c: (c.us, c.kl)).name for c in first])
         name, budget = next(iter(given.items()))
