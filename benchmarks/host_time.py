@@ -12,9 +12,6 @@ which compiled code calls; `empty` makes an output and does nothing else. Times 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import QuantizedTensor, ops
+from lowbit.tools.doctor import machine
 
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference_mode": torch.inference_mode, "no_grad": torch.no_grad,
@@ -49,15 +47,6 @@ def arguments() -> argparse.Namespace:
         help="config@tokens",
     )
     return parser.parse_args()
-
-
-def cpu() -> str:
-    """What these times are those of."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if found is not None:
-            return found[1]
-    return platform.processor() or platform.machine()
 
 
 def layers_of(config: str, size: int, count: int) -> list[nn.Module]:
@@ -95,6 +84,8 @@ def turn(call: Callable[[Any], object], layers: list[nn.Module], calls: int) -> 
 
 def rows_of(config: str, m: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     layers = layers_of(config, args.size, args.layers)
+    # What these times are those of.
+    processor = machine()["processor"]
     # A batch of sequences, as models have it.
     x = torch.randn(1, m, args.size, device="cuda", dtype=torch.bfloat16)
     for mode, context in MODES.items():
@@ -106,7 +97,7 @@ def rows_of(config: str, m: int, args: argparse.Namespace) -> Iterator[dict[str,
             for _ in range(ROUNDS):
                 for name, call in calls.items():
                     times[name].append(turn(call, layers, args.calls))
-        row: dict[str, Any] = {"config": config, "m": m, "n": args.size, "k": args.size, "mode": mode, "cpu": cpu()}
+        row: dict[str, Any] = {"config": config, "m": m, "n": args.size, "k": args.size, "mode": mode, "cpu": processor}
         for name, found in times.items():
             row[f"{name}_us"] = statistics.median(host for host, _ in found)
             row[f"{name}_us_min"] = min(host for host, _ in found)
