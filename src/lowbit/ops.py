@@ -85,14 +85,6 @@ def _check_sizes(x: Tensor, planes: Sequence[Tensor], bias: Tensor | None, spec:
 def _linear(
     x: Tensor, planes: list[Tensor], bias: Tensor | None, act_scale: Tensor | None, spec: str, act: str, n: int, k: int
 ) -> Tensor:
-    if x.is_cuda and x.is_contiguous() and (size := x.numel()) and n:
-        _check_input(x, planes, bias, spec, n, k)
-        # Most calls, and little beside what differs between them.
-        launch = planned(size // k, n, k, spec, act, x.dtype, x.device)
-        if launch is not None:
-            y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-            launch(x, y, planes, bias, act_scale if act else None)
-            return y
     return _run_linear(x, planes, bias, act_scale, spec, act, n, k, gated=False)
 
 
@@ -113,6 +105,13 @@ def _run_linear(
     m = math.prod(lead)
     if m == 0 or n == 0:
         return x.new_empty(*lead, width)
+    if x.is_cuda and not gated and x.is_contiguous():
+        # Most calls, and little beside what differs between them.
+        launch = planned(m, n, k, spec, act, x.dtype, x.device)
+        if launch is not None:
+            y = torch.empty(*lead, n, dtype=x.dtype, device=x.device)
+            launch(x, y, planes, bias, act_scale if act else None)
+            return y
     problem = problem_of(x, m, n, k, spec, act)
     x2d = x.reshape(m, k)
     if x2d.stride() != (k, 1):
