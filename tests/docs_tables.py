@@ -195,7 +195,7 @@ def h200_layer_rows() -> list[Cells]:
 
 
 def h200_batches_rows() -> list[Cells]:
-    """Of `lowbit bench generate`: tokens per second of all sequences, and speed-up over bf16, of the newest run."""
+    """Of `lowbit bench generate`: tokens per second of all sequences, and speed-up over bf16, of each the newest."""
     found: dict[str, dict[int, str]] = {}
     for file in sorted((ROOT / "benchmarks" / "results").glob("h200_*_generate_batches.json")):
         for r in json.loads(file.read_text())["records"]:
