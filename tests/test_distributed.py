@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import FORMATS, sqnr_db, weights
-from gloo_ranks import assert_passed, run_rank
+from ranks import assert_passed, run_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard

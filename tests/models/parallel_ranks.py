@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import sqnr_db
-from gloo_ranks import run_rank
+from ranks import run_rank
 from torch.distributed.device_mesh import init_device_mesh
 
 import lowbit
@@ -52,6 +52,8 @@ def same_as_whole(config: LlamaConfig, scheme: str, fused: bool) -> None:
     if scheme:
         assert isinstance(part.lm_head.weight, QuantizedTensor)
     assert part.lm_head.weight.shape == (160, 128)
+    assert part.ranks is not None
+    assert part.ranks.direct == "rank 0: cpu is no NVIDIA GPU; rank 1: cpu is no NVIDIA GPU"
     ids = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, got = whole(ids), part(ids)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from gloo_ranks import assert_passed
 from parallel_ranks import TINY, WORLD, made, rank_main
+from ranks import assert_passed
 
 from lowbit.models import parallelize_
 

@@ -19,7 +19,8 @@ from lowbit import decoder_ops as ops
 from lowbit import operand_ops
 from lowbit.kernels.problem import Problem, arch_of, early_launches, is_batch_invariant
 from lowbit.models import fuse
-from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm, added_up, gathered
+from lowbit.models.llama import MLP, Attention, DecoderLayer, KVCache, Llama, RMSNorm, added_up
+from lowbit.models.ranks import Ranks
 from lowbit.ops import fuses_silu_mul, linear_of_operand, linear_silu_mul, operand_dtype
 from lowbit.tensor import QuantizedTensor
 
@@ -85,7 +86,7 @@ def forward(model: Llama, ids: Tensor, state: State) -> Tensor:
     """
     x, change = _layers(model, ids, state, begins=ids.shape[1] > 1)
     if ids.shape[1] > 1:
-        x, change = x[:, -1:], None if change is None else change[:, -1:]
+        x, change = x[:, -1:], None if change is None else change[:, -1:].contiguous()
     return _logits(model, x, change)[:, 0]
 
 
@@ -99,23 +100,24 @@ def forward_new(model: Llama, ids: Tensor, state: State) -> Tensor:
 
 
 def _layers(model: Llama, ids: Tensor, state: State, begins: bool) -> tuple[Tensor, Tensor | None]:
-    """The residual stream behind all layers, and what has yet to be added to it."""
+    """The residual stream behind all layers, and what has yet to be added to it, of which every rank has a part."""
     decoder = model.model
     x, change = decoder.embed_tokens(ids), None
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
-        x, h = _normed(x, change, layer.input_layernorm, readers_of(layer.self_attn))
-        change = added_up(_attention(layer.self_attn, h, state, i, begins), layer.self_attn.ranks)
+        x, h = _normed(x, change, layer.input_layernorm, readers_of(layer.self_attn), model.ranks)
+        change = _attention(layer.self_attn, h, state, i, begins)
         # Longer prompts pass the MLP in parts.
         readers = readers_of(layer.mlp) if ids.numel() <= TOKENS else ()
-        x, h = _normed(x, change, layer.post_attention_layernorm, readers)
-        change = added_up(_mlp(layer.mlp, h), layer.mlp.ranks)
+        x, h = _normed(x, change, layer.post_attention_layernorm, readers, model.ranks)
+        change = _mlp(layer.mlp, h)
     return x, change
 
 
 def _logits(model: Llama, x: Tensor, change: Tensor | None) -> Tensor:
-    _, h = _normed(x, change, model.model.norm, (model.lm_head,))
-    return gathered(linear(model.lm_head, h), model.ranks)
+    _, h = _normed(x, change, model.model.norm, (model.lm_head,), model.ranks)
+    logits = linear(model.lm_head, h)
+    return logits if model.ranks is None else model.ranks.gather(logits)
 
 
 def readers_of(owner: Attention | MLP) -> tuple[nn.Module, ...]:
@@ -126,10 +128,17 @@ def readers_of(owner: Attention | MLP) -> tuple[nn.Module, ...]:
 
 
 def _normed(
-    x: Tensor, change: Tensor | None, norm: RMSNorm, readers: Sequence[nn.Module]
+    x: Tensor, change: Tensor | None, norm: RMSNorm, readers: Sequence[nn.Module], ranks: Ranks | None
 ) -> tuple[Tensor, Tensor | Quantized]:
-    """The residual stream with `change` added to it, and the same normed, quantized where the readers take that."""
+    """The residual stream with `change` added to it, and the same normed, quantized where the readers take that.
+
+    Args:
+        ranks: that have to add up their `change` first.
+    """
     how = _wanted(readers, x)
+    if how is None and change is not None and ranks is not None:
+        return ranks.add_rms_norm(x, change, norm.weight, norm.eps)
+    change = None if change is None else added_up(change, ranks)
     if how is not None:
         if change is None:
             return x, Quantized(*operand_ops.rms_norm_quantized(x, norm.weight, norm.eps, *how), x.dtype)

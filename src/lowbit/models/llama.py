@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.errors import see
 from lowbit.models.config import LlamaConfig
+from lowbit.models.ranks import Ranks
 
 
 class KVCache:
@@ -93,36 +93,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def added_up(y: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
-    """The sum of `y` over the ranks of a model that is parallelized, in place of it."""
-    if ranks is not None:
-        _check_no_gradient(y)
-        dist.all_reduce(y, group=ranks)
-    return y
-
-
-def gathered(y: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
-    """The parts `(..., V / ranks)` that ranks have, side by side: `(..., V)`."""
-    if ranks is None:
-        return y
-    _check_no_gradient(y)
-    parts = y.new_empty(dist.get_world_size(ranks), *y.shape)
-    dist.all_gather(list(parts.unbind()), y.contiguous(), group=ranks)
-    return parts.movedim(0, -2).flatten(-2)
-
-
-def _check_no_gradient(y: Tensor) -> None:
-    """What ranks exchange leaves autograd's graph: gradients would be wrong and look right."""
-    if y.requires_grad:
-        raise ValueError(
-            "a model that is cut over ranks has no gradients; run it in torch.no_grad(), or train with "
-            "torch.distributed.tensor.parallel" + see("op-not-defined")
-        )
+def added_up(y: Tensor, ranks: Ranks | None) -> Tensor:
+    """The sum of `y` over the ranks of a model that is cut, in place of it; `y` itself where it is whole."""
+    return y if ranks is None else ranks.add_up(y)
 
 
 class Attention(nn.Module):
     qkv_proj: nn.Linear | None
-    ranks: dist.ProcessGroup | None = None  # that have other heads
+    ranks: Ranks | None = None  # that have other heads
 
     def __init__(self, c: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -161,7 +139,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     gate_up_proj: nn.Linear | None
-    ranks: dist.ProcessGroup | None = None  # that have other columns
+    ranks: Ranks | None = None  # that have other columns
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
@@ -216,7 +194,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The language model. Build it on the meta device and load weights with `lowbit.models.load_model`."""
 
-    ranks: dist.ProcessGroup | None = None  # that share it, where it is parallelized
+    ranks: Ranks | None = None  # that share it, where it is parallelized
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -259,4 +237,5 @@ class Llama(nn.Module):
                 + see("context-exceeded")
             )
         x = self.model(ids, cache, position)
-        return gathered(self.lm_head(x[:, -1:] if last_only else x), self.ranks)
+        logits: Tensor = self.lm_head(x[:, -1:] if last_only else x)
+        return logits if self.ranks is None else self.ranks.gather(logits)

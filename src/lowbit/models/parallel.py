@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lowbit.errors import see
 from lowbit.models.fuse import fuse_projections_, linear_of, unfuse_projections_
 from lowbit.models.llama import DecoderLayer, Llama
+from lowbit.models.ranks import Ranks
 
 
 def parallelize_(model: Llama, ranks: DeviceMesh | dist.ProcessGroup | None = None) -> Llama:
@@ -39,6 +40,7 @@ def parallelize_(model: Llama, ranks: DeviceMesh | dist.ProcessGroup | None = No
             + see("bad-option")
         )
     group = ranks.get_group() if isinstance(ranks, DeviceMesh) else ranks or dist.group.WORLD
+    assert group is not None
     world, rank, config = dist.get_world_size(group), dist.get_rank(group), model.config
     for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         if (count := getattr(config, name)) % world:
@@ -54,10 +56,10 @@ def parallelize_(model: Llama, ranks: DeviceMesh | dist.ProcessGroup | None = No
             config, num_heads=config.num_heads // world, num_kv_heads=config.num_kv_heads // world,
             intermediate_size=config.intermediate_size // world, tie_embeddings=False,
         )  # fmt: skip
-        model.ranks = group
+        model.ranks = Ranks(group, config.hidden_size, model.model.norm.weight.device)
         for layer in layers:
             layer.self_attn.sizes = [size // world for size in layer.self_attn.sizes]
-            layer.self_attn.ranks = layer.mlp.ranks = group
+            layer.self_attn.ranks = layer.mlp.ranks = model.ranks
     finally:
         if fused:
             fuse_projections_(model)

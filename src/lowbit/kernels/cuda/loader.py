@@ -62,7 +62,7 @@ def missing() -> str | None:
     return None if found else "cuda.bindings is not installed (it comes with PyTorch's CUDA wheels from 2.11)"
 
 
-def _check(result: tuple[Any, ...], what: str) -> Any:
+def check(result: tuple[Any, ...], what: str) -> Any:
     """The value of a cuda.bindings call `(status, *values)`.
 
     Raises:
@@ -83,7 +83,7 @@ def compile_source(source: str, name: str, defines: Defines, arch: tuple[int, in
     from cuda.bindings import nvrtc
 
     status, *version = nvrtc.nvrtcVersion()
-    _check((status,), "nvrtcVersion")
+    check((status,), "nvrtcVersion")
     target = f"sm_{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
     options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines)]
     key = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()[:32]
@@ -98,16 +98,16 @@ def compile_source(source: str, name: str, defines: Defines, arch: tuple[int, in
 def _compile(source: str, name: str, target: str, options: list[str]) -> bytes:
     from cuda.bindings import nvrtc
 
-    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram")
+    program = check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram")
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
         if int(status) != 0:
-            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+            log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
             nvrtc.nvrtcGetProgramLog(program, log)
             text = log.rstrip(b"\0").decode()
             raise RuntimeError(f"{name}.cu did not compile for {target} with {' '.join(options)}:\n{text}")
-        code: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
-        _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+        code: bytes = b" " * check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+        check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -160,16 +160,16 @@ class CudaKernel:
         code = source.machine_code(torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the primary context current
-            module = _check(driver.cuModuleLoadData(code), "cuModuleLoadData")
-            self.function = _check(driver.cuModuleGetFunction(module, kernel.encode()), "cuModuleGetFunction")
+            module = check(driver.cuModuleLoadData(code), "cuModuleLoadData")
+            self.function = check(driver.cuModuleGetFunction(module, kernel.encode()), "cuModuleGetFunction")
             # Blocks may take all the shared memory that there is beside what the source declares.
             of = driver.CUfunction_attribute
             found = driver.cuFuncGetAttribute(of.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self.function)
-            declared = _check(found, "cuFuncGetAttribute")
+            declared = check(found, "cuFuncGetAttribute")
             properties: Any = torch.cuda.get_device_properties(device)
             most = properties.shared_memory_per_block_optin - declared
             limit = of.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(self.function, limit, most), "cuFuncSetAttribute")
+            check(driver.cuFuncSetAttribute(self.function, limit, most), "cuFuncSetAttribute")
         self.name, self.device = kernel, device
         self._driver, self._handle = driver, int(self.function)
         self._resident: dict[tuple[int, int, int], int] = {}
@@ -184,10 +184,10 @@ class CudaKernel:
             size.x, size.y, size.z = cluster, 1, 1
             config.attrs, config.numAttrs = [attribute], 1
             if cluster > 1:
-                found = _check(self._driver.cuOccupancyMaxActiveClusters(self.function, config), "occupancy")
+                found = check(self._driver.cuOccupancyMaxActiveClusters(self.function, config), "occupancy")
             else:
                 count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, shared)
-                found = _check(count, "occupancy") * multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+                found = check(count, "occupancy") * multiprocessors(torch.device("cuda", torch.cuda.current_device()))
             self._resident[key] = found
         return self._resident[key]
 
@@ -210,7 +210,7 @@ class CudaKernel:
         config.attribute_count = early
         status = _launcher()(frame.config_at, self._handle, frame.parameters_at, None)
         if status:
-            _check((self._driver.CUresult(status),), f"cuLaunchKernelEx of {self.name}")
+            check((self._driver.CUresult(status),), f"cuLaunchKernelEx of {self.name}")
 
 
 class Frame:

@@ -1,4 +1,4 @@
-"""Checks that run on several gloo ranks: every rank notes what happened to each, and the test reads the notes."""
+"""Checks that run on several ranks: every rank notes what happened to each, and the test reads the notes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 
-def run_rank(rank: int, world: int, folder: str, checks: Mapping[str, Callable[[], object]]) -> None:
+def run_rank(
+    rank: int, world: int, folder: str, checks: Mapping[str, Callable[[], object]], backend: str = "gloo"
+) -> None:
     """What a process does that has become rank `rank` of `world`."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
     notes: dict[str, str] = {}
     for name, run in checks.items():
         try:
