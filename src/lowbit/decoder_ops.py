@@ -19,6 +19,8 @@ from torch import Tensor
 from lowbit.errors import see
 from lowbit.kernels.cache_layout import check_heads
 from lowbit.kernels.cpu import native
+from lowbit.kernels.cuda import decode_attention as cuda_attention
+from lowbit.kernels.cuda import hadamard as cuda_hadamard
 from lowbit.kernels.hadamard import transformed
 from lowbit.kernels.select import triton_missing
 
@@ -84,6 +86,8 @@ def _hadamard_cpu(x: Tensor, signs: Tensor | None = None, inverse: bool = False)
 
 def _hadamard_cuda(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
     _check_hadamard(x, signs)
+    if x.numel() and cuda_hadamard.why_not(x) is None:
+        return cuda_hadamard.hadamard(x, signs, inverse)
     return _on_gpu(_hadamard, "hadamard")(x, signs, inverse)  # type: ignore[no-any-return]
 
 
@@ -208,6 +212,16 @@ def _on_gpu(definition: Callable[..., Any], module: str) -> Callable[..., Any]:
     return run
 
 
+def _decode_attention_cuda(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, heads: int, arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    where = (qkv, keys, values, positions, cos, sin, q_norm, k_norm, eps, heads)
+    if cuda_attention.why_not(qkv, keys, values, q_norm, k_norm, heads) is None:
+        return cuda_attention.decode_attention(*where)
+    return _on_gpu(_decode_attention, "decode_attention")(*where, arrived)  # type: ignore[no-any-return]
+
+
 # What comes out, for torch.compile ---------------------------------------------------------------
 
 
@@ -252,13 +266,15 @@ for _name, _definition, _module, _fake in (
     ("silu_mul", _silu_mul, "between", _half_as_wide),
     ("gemv", _gemv, "gemv", _gemv_fake),
     ("rope_write", _rope_write, "between", _rope_fake),
-    ("decode_attention", _decode_attention, "decode_attention", _attention_fake),
     ("take_greedy", _take_greedy, "greedy", _nothing),
 ):
     _LIB.impl(_name, _definition, "CompositeExplicitAutograd")
     _LIB.impl(_name, _on_gpu(_definition, _module), "CUDA")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIB)
 
+_LIB.impl("decode_attention", _decode_attention, "CompositeExplicitAutograd")
+_LIB.impl("decode_attention", _decode_attention_cuda, "CUDA")
+torch.library.register_fake("lowbit::decode_attention", _attention_fake, lib=_LIB)
 _LIB.impl("hadamard", _hadamard, "CompositeExplicitAutograd")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
 _LIB.impl("hadamard", _hadamard_cuda, "CUDA")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit import decoder_ops as ops
+from lowbit.kernels.cuda import decode_attention as clustered
 from lowbit.kernels.problem import early_launches
 from lowbit.kernels.triton import decode_attention as kernel
 from lowbit.kernels.triton.gemv import gemv
@@ -101,6 +102,31 @@ def test_decode_attention(
         for _ in range(10):
             assert torch.equal(kernel.decode_attention(qkv, *where, splits=splits), y)
         assert not arrived.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "groups", "d", "normed"), SHAPES)
+@pytest.mark.parametrize(("capacity", "tokens"), [(300, 1), (5000, 1), (5000, 2), (300, 4), (300, 8)])
+def test_decode_attention_in_clusters(
+    heads: int, groups: int, d: int, normed: bool, capacity: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Every kind of cluster, lengths from the first token to the last place; again with the same bits."""
+    positions = torch.tensor([0, 1, 15, 16, 63, 64, 65, 200, capacity - tokens], dtype=torch.int32, device="cuda")
+    batch = len(positions)
+    qkv, start, cos, sin, norms = given(batch, heads, groups, d, capacity, dtype, normed, tokens=tokens)
+    if (reason := clustered.why_not(qkv, *start, *norms, heads)) is not None:
+        assert tokens * heads // groups > 32, reason
+        return
+    arrived = torch.zeros(batch * groups, dtype=torch.int32)
+    exact = exactly(ops.decode_attention, qkv, start, positions, cos, sin, norms, heads, arrived)
+    for shape in (None, *(clustered.Shape(*numbers) for numbers in ((1, 4, 2), (2, 4, 5), (4, 8, 2), (8, 4, 3)))):
+        cache = [t.clone() for t in start]
+        where = (*cache, positions, cos, sin, *norms, 1e-5, heads)
+        y = clustered.decode_attention(qkv, *where, shape=shape)
+        for got, expected in zip((y, *cache), exact, strict=True):
+            assert_close(got, expected, dtype)
+        for _ in range(10):
+            assert torch.equal(clustered.decode_attention(qkv, *where, shape=shape), y)
 
 
 def test_other_places_of_the_cache_stay() -> None:
