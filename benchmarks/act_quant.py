@@ -3,8 +3,9 @@
     python benchmarks/act_quant.py --out benchmarks/results/NAME.json
 
 Every row is one kernel for one width and number of tokens: its time, the time of the same work in two kernels, of
-reading as many bytes as it moves, and of copying half as many (which moves them too). Inputs rotate through more than
-the L2 cache where they are large enough; those of few tokens stay in it, as they would in a model.
+reading as many bytes as it moves, and of copying half as many (which moves them too). What is quantized as it comes is
+timed in Triton beside that, which another kernel may have taken it from. Inputs rotate through more than the L2 cache
+where they are large enough; those of few tokens stay in it, as they would in a model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from cases import write
 from torch import Tensor
 
 from lowbit import decoder_ops, operand_ops
-from lowbit.formats.activation import parse_activation
+from lowbit.formats.activation import Activation, parse_activation
+from lowbit.kernels.problem import early_launches
+from lowbit.kernels.triton import row_quant
+from lowbit.kernels.triton.act_rules import rule_of
 from lowbit.tools.timing import copies_for, floor_us, median_us
 
 SOURCES = ("quantized", "relu_quantized", "silu_mul_quantized", "rms_norm_quantized", "add_rms_norm_quantized")
@@ -68,6 +72,14 @@ def in_two(name: str, args: tuple[Any, ...], spec: str, dtype: torch.dtype) -> A
     return operand_ops.quantized(before(name, args), None, spec, dtype)
 
 
+def in_triton(x: Tensor, act: Activation, dtype: torch.dtype) -> Any:
+    """`quantized` by the Triton kernel, whatever the op's own choice; started early in a graph, as the other is."""
+    rule = rule_of(act.format)
+    assert rule is not None, act
+    with early_launches():
+        return row_quant.launch(row_quant.Source("plain", x), rule, None, dtype, rule.scaling == "mx")
+
+
 def copy_us(nbytes: int) -> float:
     """Of a copy that reads half of the bytes and writes the other half."""
     half = max(1, nbytes // 2)
@@ -87,9 +99,11 @@ def row_of(name: str, spec: str, k: int, m: int) -> dict[str, Any]:
     op: Op = getattr(operand_ops, name)
     us = median_us([partial(op, *args, None, spec, dtype) for args in copies])
     apart = median_us([partial(in_two, name, args, spec, dtype) for args in copies])
+    triton = median_us([partial(in_triton, *args, act, dtype) for args in copies]) if name == "quantized" else None
     read, copy = floor_us(nbytes), copy_us(nbytes)
     return {
-        "op": name, "act": spec, "k": k, "m": m, "bytes": nbytes, "us": us, "apart_us": apart, "read_us": read,
+        "op": name, "act": spec, "k": k, "m": m, "bytes": nbytes, "us": us, "triton_us": triton,
+        "apart_us": apart, "read_us": read,
         "copy_us": copy, "gb_s": nbytes / us / 1e3, "share_of_read": read / us, "share_of_copy": copy / us,
     }  # fmt: skip
 
@@ -98,7 +112,8 @@ def main() -> int:
     args = arguments()
     started, rows = time.monotonic(), list[dict[str, Any]]()
     print(
-        f"{'op':<24} {'act':<18} {'K':>6} {'M':>5} {'us':>8} {'apart':>8} {'read':>8} {'copy':>8} {'GB/s':>6} of copy"
+        f"{'op':<24} {'act':<18} {'K':>6} {'M':>5} {'us':>8} {'triton':>8} {'apart':>8} {'read':>8} {'copy':>8} "
+        f"{'GB/s':>6} of copy"
     )
     todo = product(args.sources.split(","), args.acts.split(","), args.widths.split(","), args.tokens.split(","))
     for name, spec, k, m in todo:
@@ -107,8 +122,10 @@ def main() -> int:
             break
         r = row_of(name, spec, int(k), int(m))
         rows.append(r)
-        print(f"{name:<24} {spec:<18} {k:>6} {m:>5} {r['us']:8.2f} {r['apart_us']:8.2f} {r['read_us']:8.2f} "
-              f"{r['copy_us']:8.2f} {r['gb_s']:6.0f} {100 * r['share_of_copy']:5.0f} %", flush=True)  # fmt: skip
+        triton = "" if r["triton_us"] is None else f"{r['triton_us']:.2f}"
+        print(f"{name:<24} {spec:<18} {k:>6} {m:>5} {r['us']:8.2f} {triton:>8} {r['apart_us']:8.2f} "
+              f"{r['read_us']:8.2f} {r['copy_us']:8.2f} {r['gb_s']:6.0f} {100 * r['share_of_copy']:5.0f} %",
+              flush=True)  # fmt: skip
     write(args.out, rows)
     return 0
 

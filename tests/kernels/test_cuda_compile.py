@@ -21,7 +21,8 @@ from cases import each_format
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format, registered
-from lowbit.kernels.cuda import decode, dequant, loader, scaled_mm, small_m, wgmma
+from lowbit.formats.activation import parse_activation
+from lowbit.kernels.cuda import act_quant, decode, dequant, loader, scaled_mm, small_m, wgmma
 from lowbit.kernels.cuda.tiles import Tiling
 from lowbit.kernels.cuda.wgmma import Config
 from lowbit.kernels.problem import Problem
@@ -159,6 +160,99 @@ def test_codes_times_codes(spec: str, act: str, sizes: tuple[int, ...], tile: Ti
         assert all(f"64x{tokens}x32" in line for line in products)
         assert sum("UTMALDG.2D" in line for line in code) >= 2
         assert_in_registers(code, product)
+
+
+ACTIVATIONS = ("float8_e4m3:row", "float8_e5m2:row", "int8:row", "int8:row:asym", "int4:row", "float8_e4m3:g128",
+               "int8:g32", "int6:g64:fp16", "float8_e4m3:tensor@static", "int8:tensor@static")  # fmt: skip
+
+
+def assert_holds_what_it_loads(spec: str, arch: tuple[int, int], operand: torch.dtype, m: int, k: int) -> None:
+    """What a thread holds comes in as many loads of 16 bytes, and stays in registers."""
+    act = parse_activation(spec)
+    assert act is not None
+    how = act, act.static, operand, m, k, torch.float16 if k == 1000 else torch.bfloat16
+    assert act_quant.why_not(*how, arch) is None
+    source, c = act_quant._instance(*how, 132)
+    code = instructions(source.machine_code(arch), "act_quant")
+    assert sum("LDG.E.128" in line for line in code) == c.chunks
+    assert not [line for line in code if "LDL" in line or "STL" in line]
+    width = ".128" if operand == torch.bfloat16 else ".64"
+    assert any("STG.E" in line and width in line for line in code)
+
+
+@pytest.mark.parametrize("spec", ACTIVATIONS)
+def test_activations(spec: str) -> None:
+    act = parse_activation(spec)
+    assert act is not None
+    assert_holds_what_it_loads(spec, HOPPER, torch.bfloat16, 1, 4096)
+    if act.format.element.bits == 8 and not act.format.has("zero_point"):
+        for m, k in ((4096, 14336), (1, 65536), (300, 1000)):
+            assert_holds_what_it_loads(spec, HOPPER, act.format.planes[0].dtype, m, k)
+
+
+@pytest.mark.parametrize("arch", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
+def test_activations_on_other_architectures(arch: tuple[int, int]) -> None:
+    assert_holds_what_it_loads("int8:row", arch, torch.int8, 4096, 14336)
+    assert_holds_what_it_loads("int8:row:asym", arch, torch.bfloat16, 1, 4096)
+    if arch >= (8, 9):
+        assert_holds_what_it_loads("float8_e4m3:row", arch, torch.bfloat16, 1, 4096)
+        assert_holds_what_it_loads("float8_e4m3:g128", arch, torch.float8_e4m3fn, 4096, 14336)
+
+
+def test_every_number_of_an_activation_is_converted_once() -> None:
+    for m in (1, 17, 33, 34, 128, 5000):
+        for k in (8, 128, 264, 1000, 4096, 14336, 28672, 33000, 65536):
+            c = act_quant.config_for(None, m, k, 132)
+            assert c.threads % 32 == 0
+            assert c.threads <= act_quant.MOST_THREADS
+            assert (c.threads - 32) * c.chunks < k // 8 <= c.threads * c.chunks
+            assert c.blocks == m * c.parts
+            assert c.chunks % c.parts == 0
+            for group in (8, 32, 128, 256):
+                c = act_quant.config_for(group, m, k, 132)
+                pieces = m * -(-k // group) * group // 8
+                assert 0 <= c.blocks * c.chunks * c.threads - pieces < c.chunks * c.threads
+                # Lanes of a group find a scale each.
+                assert c.chunks <= group // 8 or group == 8
+    assert act_quant.config_for(None, 1, 4096, 132).parts == 4
+    assert act_quant.config_for(None, 128, 4096, 132).parts == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "written for bf16 and fp16"),
+        ({"arch": (8, 6)}, "compute capability 8.9"),
+        ({"arch": None}, "needs an NVIDIA GPU"),
+        ({"spec": "int8:row", "operand": torch.int8, "arch": (7, 5)}, "compute capability 8.0"),
+        ({"k": 1001}, "no multiple of the 8 numbers"),
+        ({"k": 65544}, "too long for registers"),
+        ({"m": 1 << 22}, "counted in 32 bits"),
+        ({"operand": torch.float32}, "has no codes in torch.float32"),
+        ({"spec": "int8:row:asym", "operand": torch.uint8}, "has no codes in torch.uint8"),
+        ({"spec": "int4:row", "operand": torch.uint8}, "has no codes in torch.uint8"),
+        ({"spec": "float8_e4m3:tensor"}, "found by other kernels"),
+        ({"spec": "float8_e4m3:b128x128"}, "found by other kernels"),
+        ({"spec": "float8_e4m3:g48"}, "groups of 48"),
+        ({"spec": "int8:g32:asym", "operand": torch.bfloat16}, "groups of 32 with zero points"),
+        ({"spec": "int1:g128", "operand": torch.bfloat16}, "one bit"),
+        ({"spec": "mxfp8_e4m3"}, "in another way"),
+        ({"spec": "nvfp4@static", "given": True, "operand": torch.bfloat16}, "in another way"),
+    ],
+)
+def test_conditions_of_activations(changes: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "missing", lambda: None)
+    base = {"spec": "float8_e4m3:row", "given": False, "operand": torch.float8_e4m3fn, "m": 4096, "k": 4096}
+    base |= {"dtype": torch.bfloat16, "arch": (9, 0)}
+
+    def why_not(spec: str, **others: object) -> str | None:
+        act = parse_activation(spec)
+        assert act is not None
+        return act_quant.why_not(act, **others)  # type: ignore[arg-type]
+
+    assert why_not(**base) is None  # type: ignore[arg-type]
+    assert why_not(**base | {"spec": "float8_e4m3:tensor", "given": True}) is None  # type: ignore[arg-type]
+    assert reason in (why_not(**base | changes) or "")  # type: ignore[arg-type]
 
 
 def test_blocks_finish_whole_runs_of_tokens() -> None:
@@ -383,6 +477,32 @@ def test_what_a_warmup_needs_is_compiled_at_once(folder: Path, monkeypatch: pyte
         sources = select(p).kernel.sources
         assert sources is not None
         assert all(source.machine_code(HOPPER)[:4] == b"\x7fELF" for source in sources(p, 132))
+
+
+@pytest.mark.parametrize(
+    ("act", "operand"),
+    [("float8_e4m3:row", "codes"), ("float8_e4m3:tensor", "codes"), ("float8_e4m3:g128", "codes"),
+     ("int8:row", "levels"), ("int8:tensor@static", "levels")],
+)  # fmt: skip
+def test_a_warmup_compiles_what_quantizes_activations(folder: Path, act: str, operand: str) -> None:
+    weight = act.partition("@")[0].replace("g128", "b128x128")
+    for m in (1, 8, 1000):
+        problem = Problem(m, 256, 512, weight, act, torch.bfloat16, "cuda", HOPPER)
+        found = act_quant.sources(problem, operand, 132)
+        assert [source.file for source in found] == ["act_quant.cu"]
+        assert found == act_quant.sources(replace(problem, n=64), operand, 132)
+    assert not act_quant.sources(problem, "", 132)
+    assert not act_quant.sources(replace(problem, act=""), operand, 132)
+    assert not act_quant.sources(replace(problem, dtype=torch.float32), operand, 132)
+
+
+def test_a_warmup_of_quantized_activations_compiles_them_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.kernels.select.multiprocessors", lambda _: 132)
+    spec = "float8_e4m3:row"
+    problems = [Problem(m, 256, 512, spec, spec, torch.bfloat16, "cuda", HOPPER) for m in (4, 64, 1000)]
+    assert [select(p).kernel.operand for p in problems] == ["levels", "codes", "codes"]
+    compile_ahead((torch.device("cuda"), p) for p in problems)
+    assert len([file for file in folder.iterdir() if file.name.startswith("act_quant-")]) == 3
 
 
 def test_errors_carry_the_compilers_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

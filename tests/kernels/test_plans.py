@@ -21,15 +21,16 @@ from torch import Tensor
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.formats import parse_format
+from lowbit.formats.activation import Activation
 from lowbit.kernels import select
-from lowbit.kernels.cuda import decode, loader, scaled_mm, small_m, wgmma
+from lowbit.kernels.cuda import act_quant, decode, loader, scaled_mm, small_m, wgmma
 from lowbit.kernels.select import KERNELS, planned, use_kernel
 
 N, K = 256, 512
 GPU = torch.device("cuda", 0)
 #: Numbers of tokens for `cuda_small_m` and for `cuda_wgmma`.
 TOKENS = (1, 64)
-MEMORIES = (select._select, select._planned, small_m._plan, wgmma._plan, scaled_mm._plan)
+MEMORIES = (select._select, select._planned, small_m._plan, wgmma._plan, scaled_mm._plan, act_quant._plan)
 
 
 class Noting:
@@ -45,7 +46,8 @@ class Noting:
     def launch(self, frame: loader.Frame, early: bool = False) -> None:
         a = frame.arguments[0]
         time.sleep(0)  # let other threads at the frame, if they can reach it
-        fields = {name: getattr(a, name) for name, _ in a._fields_} if isinstance(a, decode.Arguments) else {}
+        known = isinstance(a, (decode.Arguments, act_quant.Arguments))
+        fields = {name: getattr(a, name) for name, _ in a._fields_} if known else {}
         self.launches.append(SimpleNamespace(**fields, frame=frame, thread=threading.get_ident()))
 
 
@@ -62,11 +64,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Noting]]:
     monkeypatch.setattr(loader, "load", load)
     monkeypatch.setattr(loader, "missing", lambda: None)
     monkeypatch.setattr(loader, "tensor_map", lambda *args: loader.TensorMap())
-    monkeypatch.setattr(select, "arch_of", lambda device: (9, 0))
+    for module in (select, act_quant):
+        monkeypatch.setattr(module, "arch_of", lambda device: (9, 0))
     monkeypatch.setattr(small_m, "capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for module in (small_m, wgmma, scaled_mm):
+    for module in (small_m, wgmma, scaled_mm, act_quant):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     yield found
     for memory in MEMORIES:
@@ -254,6 +257,75 @@ def test_codes_by_codes(kernels: dict[str, Noting]) -> None:
     w.qdata = w.qdata.clone()
     scaled_mm.launch(codes, w.planes, fmt, fmt, N, torch.bfloat16, None, scales)
     assert kernels["scaled_mm.cu"].launches[-1].codes == w.qdata.data_ptr()
+
+
+# Activations -------------------------------------------------------------------------------------
+
+#: Weight, activation, tokens, and the kernel that multiplies.
+QUANTIZED = [
+    ("float8_e4m3:row", "float8_e4m3:row", 1, "small_m.cu"), ("int8:row", "int8:row:asym", 64, "wgmma.cu"),
+    ("float8_e4m3:row", "float8_e4m3:row", 64, "scaled_mm.cu"), ("int4:g128", "int8:tensor@static", 64, "scaled_mm.cu"),
+    ("float8_e4m3:b128x128", "float8_e4m3:g128", 2000, "scaled_mm.cu"),
+]  # fmt: skip
+
+
+def call_quantized(
+    weight: str, act: str, m: int, x: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Launch as `ops.linear` does; gives the input and the scale of a static activation."""
+    w = quantized(parse_format(weight), N, K, torch.bfloat16)
+    launch = planned(m, N, K, weight, act, torch.bfloat16, GPU)
+    assert launch is not None
+    x = torch.randn(m, K).bfloat16() if x is None else x
+    scale = torch.ones(1, 1) if scale is None and "static" in act else scale
+    launch(x.view(1, m, K), torch.empty(1, m, N, dtype=torch.bfloat16), list(w.planes.values()), None, scale)
+    return x, scale
+
+
+@pytest.mark.parametrize(("weight", "act", "m", "file"), QUANTIZED)
+def test_activations_are_quantized_before(kernels: dict[str, Noting], weight: str, act: str, m: int, file: str) -> None:
+    for _ in range(2):
+        x, scale = call_quantized(weight, act, m)
+        first, second = kernels["act_quant.cu"].launches[-1], kernels[file].launches[-1]
+        assert (first.x, first.m, first.k) == (x.data_ptr(), m, K)
+        assert first.given == (None if scale is None else scale.data_ptr())
+        assert second.x == first.operand or file == "wgmma.cu"
+        assert first.scales == (second.frame.arguments[4].value if "g128" in act else second.row_scale)
+    assert len({id(launch.frame) for launch in kernels["act_quant.cu"].launches}) == 1
+
+
+def test_what_the_kernel_does_not_take_is_quantized_by_triton(
+    kernels: dict[str, Noting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs that lie badly, scales of a whole tensor, and errors of what is missing."""
+    asked: list[str] = []
+
+    def split(x: Tensor, act: Activation, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert x.shape == (1, K)
+        asked.append(act.spec)
+        return x, torch.ones(1, 1)
+
+    triton = pytest.importorskip("lowbit.kernels.triton.act_quant")
+    monkeypatch.setattr(triton, "split", split)
+    x = torch.empty(K + 1, dtype=torch.bfloat16)[1:].view(1, K)
+    row = "float8_e4m3:row"
+    call_quantized(row, row, 1, x)
+    call_quantized(row, "float8_e4m3:tensor", 1)
+    call_quantized("int8:row", "int8:tensor@static", 1, scale=torch.ones(1, 1, dtype=torch.float64))
+    assert asked == [row, "float8_e4m3:tensor", "int8:tensor@static"]
+    assert not kernels["act_quant.cu"].launches
+    call_quantized(row, row, 1)
+    assert len(asked) == 3
+    assert len(kernels["act_quant.cu"].launches) == 1
+
+
+def test_a_missing_scale_is_an_error(kernels: dict[str, Noting]) -> None:
+    pytest.importorskip("triton")
+    launch = planned(1, N, K, "int8:row", "int8:tensor@static", torch.bfloat16, GPU)
+    assert launch is not None
+    w = quantized(parse_format("int8:row"), N, K, torch.bfloat16)
+    with pytest.raises(ValueError, match="needs its calibrated scale"):
+        launch(torch.zeros(1, K).bfloat16(), torch.empty(1, N).bfloat16(), list(w.planes.values()), None, None)
 
 
 def test_a_frame_is_what_the_driver_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import torch
 from lowbit.errors import see
 from lowbit.formats.base import Format
 from lowbit.kernels.cpu import native, packed
-from lowbit.kernels.cuda import loader, scaled_mm, small_m, wgmma
+from lowbit.kernels.cuda import act_quant, loader, scaled_mm, small_m, wgmma
 from lowbit.kernels.cuda.decode import Launch
 from lowbit.kernels.cuda.loader import Source
 from lowbit.kernels.problem import Problem, UnsupportedError, arch_of, is_batch_invariant
@@ -160,7 +160,7 @@ def _triton_scaled_mm(p: Problem) -> str | None:
 
 
 def _cuda_scaled_mm(p: Problem) -> str | None:
-    # Activations are quantized by a Triton kernel before this one runs.
+    # Activations are quantized before this one runs, by a Triton kernel where that in CUDA C++ does not take them.
     return scaled_mm.why_not(p) or triton_missing()
 
 
@@ -187,7 +187,7 @@ def _cpu_int_mm(p: Problem) -> str | None:
 
 
 def _small_m(p: Problem) -> str | None:
-    # Activations are quantized by a Triton kernel before this one runs.
+    # Activations are quantized before this one runs, by a Triton kernel where that in CUDA C++ does not take them.
     return small_m.why_not(p) or (triton_missing() if p.act else None)
 
 
@@ -323,7 +323,9 @@ def compile_ahead(problems: Iterable[tuple[torch.device, Problem]]) -> None:
     sources: dict[tuple[int, int], list[Source]] = {}
     for device, problem in problems:
         kernel = select(problem).kernel
-        if kernel.sources is not None and problem.arch is not None:
-            sources.setdefault(problem.arch, []).extend(kernel.sources(problem, multiprocessors(device)))
+        if problem.arch is not None:
+            sms, found = multiprocessors(device), sources.setdefault(problem.arch, [])
+            found += act_quant.sources(problem, kernel.operand, sms)
+            found += kernel.sources(problem, sms) if kernel.sources is not None else []
     for arch, found in sources.items():
         loader.compile_ahead(found, arch)

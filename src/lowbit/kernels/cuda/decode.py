@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format, parse_format
 from lowbit.formats.elements import FloatElement, IntElement, TableElement
+from lowbit.kernels.cuda import act_quant
 from lowbit.kernels.cuda.loader import Defines, Frame
 from lowbit.kernels.problem import Operand, Problem
 
@@ -143,9 +144,9 @@ def operand(x: Tensor | Operand, problem: Problem, act_scale: Tensor | None) -> 
     if problem.activation is None:
         assert isinstance(x, Tensor)
         return x, None
-    from lowbit.kernels.triton import act_quant
+    from lowbit.kernels.triton import act_quant as triton  # late: not every installation of torch brings triton
 
-    return act_quant.split(x, problem.activation, act_scale)
+    return triton.split(x, problem.activation, act_scale)
 
 
 #: Multiplies `x (..., K)`, without gaps between rows, into `y (..., N)`, given the planes in the format's order, bias
@@ -153,13 +154,15 @@ def operand(x: Tensor | Operand, problem: Problem, act_scale: Tensor | None) -> 
 Launch = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Tensor | None], None]
 
 
-def with_operand(start: Launch, problem: Problem) -> Launch:
+def with_operand(start: Launch, problem: Problem, device: int) -> Launch:
     """`start`, which takes the scale of the rows last, behind the quantization of the activation."""
     if problem.activation is None:
         return start
 
+    quantize = act_quant.quantizer(problem, act_quant.LEVELS, device)
+
     def launch(x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, act_scale: Tensor | None) -> None:
-        levels, row_scale = operand(x.view(problem.m, problem.k), problem, act_scale)
+        levels, row_scale = quantize(x, act_scale)
         start(levels, y, planes, bias, row_scale)
 
     return launch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.formats.elements import IntElement
-from lowbit.kernels.cuda import decode, loader
+from lowbit.kernels.cuda import act_quant, decode, loader
 from lowbit.kernels.cuda.tiles import SHARED_PER_BLOCK, Exchange, Shares, Tiling, fastest, shares, why_not_hopper
 from lowbit.kernels.problem import Operand, Problem
 from lowbit.kernels.triton.launch import multiprocessors, on_device
@@ -243,11 +243,11 @@ def scaled_mm(
     x: Tensor | Operand, planes: Mapping[str, Tensor], bias: Tensor | None, problem: Problem, act_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The table's entry: activation to codes, codes times codes."""
-    from lowbit.kernels.triton import act_quant  # late: not every installation of torch brings triton
+    from lowbit.kernels.triton import act_quant as triton  # late: not every installation of torch brings triton
 
     act = problem.activation
     assert act is not None
-    codes, scales = act_quant.codes(x, act, act_scale)
+    codes, scales = triton.codes(x, act, act_scale)
     return launch(codes, planes, problem.weight, act.format, problem.n, problem.dtype, bias, scales)
 
 
@@ -278,15 +278,14 @@ def launch(
 
 def plan(problem: Problem, device: int) -> decode.Launch:
     """The table's entry for calls that look alike."""
-    from lowbit.kernels.triton import act_quant
-
     act, m, n, k = problem.activation, problem.m, problem.n, problem.k
     assert act is not None
     c = _config(problem, multiprocessors(torch.device("cuda", device)))
     found = _plan(problem.weight, act.format, c, m, n, k, device, problem.dtype)
+    quantize = act_quant.quantizer(problem, act.format.planes[0].dtype, device)
 
     def launch(x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, act_scale: Tensor | None) -> None:
-        codes, scales = act_quant.codes(x.view(m, k), act, act_scale)
+        codes, scales = quantize(x, act_scale)
         found.start(codes, y, planes, bias, scales)
 
     return launch

@@ -144,7 +144,7 @@ def plan(problem: Problem, device: int) -> decode.Launch:
     """The table's entry for calls that look alike."""
     with torch.cuda.device(device):
         found = _plan(problem.weight, problem.m, problem.n, problem.k, device, None, problem.dtype, False)
-    return decode.with_operand(found.start, problem)
+    return decode.with_operand(found.start, problem, device)
 
 
 def sources(problem: Problem, sms: int) -> list[loader.Source]:

@@ -249,7 +249,7 @@ def plan(problem: Problem, device: int) -> decode.Launch:
     """The table's entry for calls that look alike."""
     fmt, m, n, k = problem.weight, problem.m, problem.n, problem.k
     c = _config(fmt, m, n, k, multiprocessors(torch.device("cuda", device)))
-    return decode.with_operand(_plan(fmt, c, m, n, k, device, problem.dtype).start, problem)
+    return decode.with_operand(_plan(fmt, c, m, n, k, device, problem.dtype).start, problem, device)
 
 
 class Plan(NamedTuple):

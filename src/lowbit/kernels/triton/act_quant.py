@@ -1,7 +1,8 @@
 """Activations to operands in one pass: what `Activation.split` gives, and the same of what stands before it.
 
 An operand is levels, exact in bf16, or real 8-bit codes, beside fp32 row scales. `rule_of` says which formats the
-kernels know. Any other format takes `Activation.split`, plain torch operations.
+kernels know. Any other format takes `Activation.split`, plain torch operations. What is quantized as it comes is left
+to `cuda.act_quant` where that has a kernel for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lowbit.formats.activation import Activation
 from lowbit.formats.fp8 import E4M3
+from lowbit.kernels.cuda import act_quant as cuda
 from lowbit.kernels.problem import Operand
 from lowbit.kernels.triton.act_rules import Rule, bounded_bits, magnitude, rule_of, safe
 from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, on_device
@@ -94,6 +96,10 @@ def quantize_source(
         if source.name != "plain":
             return None
         static_scale = _tensor_scale(x, rule)
+    if source.name == "plain" and not fold:
+        found = cuda.plan(act, static_scale is not None, dtype, *source.shape, x.dtype, x.device)
+        if found is not None and found.takes(x, static_scale):
+            return x, *found.start(x, static_scale)
     return launch(source, rule, static_scale, dtype, fold or rule.scaling in ("mx", "nvfp4"))
 
 
