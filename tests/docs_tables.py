@@ -222,9 +222,56 @@ def h200_tuned_rows() -> list[Cells]:
 def host_time_rows() -> list[Cells]:
     """Of `host_time.py` in inference mode: microseconds of a call of a module, before and now, and on another host."""
     runs = [{(r["config"], r["m"]): r for r in newest(name)[1]["rows"] if r["mode"] == "inference_mode"}
-            for name in ("h200_*-29_host_time_before.json", "h200_*-29_host_time.json", "h200_*-29b_host_time.json")
+            for name in ("h200_*-29_host_time_before.json", "h200_*-29_host_time.json", "h200_*-29b_host_time.json",
+                         "h200_*-29c_host_time.json")
     ]  # fmt: skip
-    return [(f"`{config}`", str(m), *(f"{run[config, m]['module_us']:.0f}" for run in runs)) for config, m in runs[0]]
+    return [
+        (f"`{config}`", str(m), *(f"{run[config, m]['module_us']:.0f}" if (config, m) in run else "" for run in runs))
+        for config, m in runs[0]
+    ]
+
+
+def act_quant_rows() -> list[Cells]:
+    """Of `act_quant.py`: microseconds of both kernels, and of a copy that moves as many bytes."""
+    return [
+        (f"`{r['act']}`", str(r["k"]), str(r["m"]), f"{r['us']:.1f}", f"{r['triton_us']:.1f}", f"{r['copy_us']:.1f}")
+        for r in newest("h200_*_act_quant.json")[1]["rows"]
+    ]
+
+
+def hadamard_rows() -> list[Cells]:
+    """Of `hadamard.py`: microseconds of the Triton kernel, of the one in CUDA C++, and of a copy."""
+    before, now = (
+        {(r["k"], r["m"]): r for r in newest(f"h200_*_{name}.json")[1]["rows"]}
+        for name in ("hadamard_before", "hadamard")
+    )
+    return [
+        (str(k), str(m), f"{before[k, m]['us']:.1f}", f"{r['us']:.1f}", f"{r['copy_us']:.1f}")
+        for (k, m), r in now.items()
+    ]
+
+
+def tensor_parallel_rows() -> list[Cells]:
+    """Of `tensor_parallel.py`: microseconds of what ranks exchange, through NCCL and straight between GPUs."""
+    return [
+        (str(r["tokens"]), *(f"{r[f'{way}_{what}_us']:.1f}" for what in ("sum", "sum_and_norm", "gather")
+                             for way in ("group", "direct")))
+        for r in newest("h200_*_tensor_parallel.json")[1]["exchanges"]
+    ]  # fmt: skip
+
+
+def vllm_rows() -> list[Cells]:
+    """Of `vllm_decode.py`: tokens per second of all sequences, and what a step takes on the GPU."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for r in newest("h200_*_vllm_decode.json")[1]["rows"]:
+        if "error" not in r:
+            cells = found.setdefault((r["config"], r["engine"]), {})
+            cells[r["batch"]] = f"{r['tok_per_s']:.0f} ({r['graph_us'] / 1e3:.2f} ms)"
+    names = {"vllm": "vLLM", "plugin": "vLLM with the plugin", "session": "lowbit's session"}
+    return [
+        (f"`{config}`", names[engine], *(cells.get(b, "") for b in (1, 16, 64, 128)))
+        for (config, engine), cells in found.items()
+    ]
 
 
 def scaled_rows() -> list[Cells]:
@@ -639,8 +686,20 @@ TABLES = {
     ),
     "h200 batches": Table("docs/measured.md", ("config", "1 sequence", "16", "64", "128"), h200_batches_rows),
     "host time": Table(
-        "docs/measured.md", ("config", "M", "before, us", "now, us", "another host, us"), host_time_rows
+        "docs/measured.md",
+        ("config", "M", "before, us", "now, us", "another host, us", "a third host, quantized in CUDA C++"),
+        host_time_rows,
     ),
+    "act quant": Table(
+        "docs/measured.md", ("activation", "K", "M", "CUDA C++, us", "Triton, us", "copy, us"), act_quant_rows
+    ),
+    "hadamard": Table("docs/measured.md", ("K", "M", "Triton, us", "CUDA C++, us", "copy, us"), hadamard_rows),
+    "tensor parallel": Table(
+        "docs/measured.md",
+        ("tokens", "sum, NCCL", "direct", "sum and norm, NCCL", "direct", "logits, NCCL", "direct"),
+        tensor_parallel_rows,
+    ),
+    "vllm": Table("docs/measured.md", ("config", "engine", "1 sequence", "16", "64", "128"), vllm_rows),
     "h200 tuned": Table(
         "docs/measured.md",
         ("weight and activation", "layer", "M", "bf16, us", "cuda_scaled_mm", "tile", "otherwise"),

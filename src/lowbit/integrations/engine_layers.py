@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lowbit import ops
+from lowbit import dispatch, ops
 from lowbit.checkpoints.files import CheckpointError
 from lowbit.checkpoints.leaves import ACT_SCALE, WHOLE, Leaf
 from lowbit.checkpoints.manifest import StoredWeight
@@ -95,7 +95,7 @@ class Weights:
         """`x (..., K)` in bf16, fp16 or fp32 to `(..., N)` of this rank."""
         biases = bias.split([part.n for part in self.parts]) if bias is not None else [None] * len(self.parts)
         out = [
-            ops.linear(
+            dispatch.linear(
                 x, [getattr(layer, name) for name in part.planes], b,
                 getattr(layer, part.act_scale) if part.act_scale else None, self.spec, self.act, part.n, self.k,
             )
@@ -177,7 +177,7 @@ class StoredWeights(Weights):
         for leaf in self._leaves_of(rows):
             assert leaf.tile is not None, leaf.name
             self._refuse_cut(layer, leaf, leaf.tile, input_size, output_size)
-            loaded = _Loaded(self.engine.name, leaf.name, self.names, self._dtypes(leaf), weight_loader)
+            loaded = _Loaded(self.engine.name, leaf, self.names, self._dtypes(leaf), weight_loader)
             self.tensors[leaf.name] = loaded
             self.register(layer, self.attribute(leaf), _parameter(self.engine, leaf, leaf.tile, parts, loaded))
         self.dummy = self.is_dummy()
@@ -323,15 +323,15 @@ class _Loaded:
     """The loader of one parameter: the engine's own, with a record of what has come.
 
     Attributes:
-        dtype: in which the tensor was stored.
+        dtype: in which the tensor was stored; that of the format where nothing is loaded.
     """
 
     def __init__(
-        self, engine: str, name: str, layers: tuple[str, ...], dtypes: tuple[torch.dtype, ...],
+        self, engine: str, leaf: Leaf, layers: tuple[str, ...], dtypes: tuple[torch.dtype, ...],
         loader: Callable[..., None],
     ) -> None:  # fmt: skip
-        self.engine, self.name, self.layers, self.dtypes, self.loader = engine, name, layers, dtypes, loader
-        self.dtype = dtypes[0]
+        self.engine, self.name, self.layers, self.dtypes, self.loader = engine, leaf.name, layers, dtypes, loader
+        self.dtype = leaf.info.dtype
         self.shards: set[Any] = set()
 
     def __call__(self, param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
