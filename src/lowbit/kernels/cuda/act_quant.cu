@@ -19,6 +19,8 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+#include "early.cuh"
+
 constexpr bool BY_ROW = GROUP == 0 && !STATIC;
 constexpr int THREADS = BY_ROW ? 1024 : 128;  // of a block: at most; exactly
 constexpr int LANES = GROUP ? GROUP / 8 : 1;  // that share a scale
@@ -243,10 +245,8 @@ __device__ __forceinline__ u32 largest_of_block(u32 pair, u32 (&of_warps)[32]) {
 __device__ __forceinline__ constexpr int turned(int j) { return CHUNKS == 4 ? (j & 1) << 1 | (j & 2) >> 1 : j; }
 
 extern "C" __global__ void __launch_bounds__(THREADS) act_quant(const __grid_constant__ Arguments a) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    let_the_next_start();
+    wait_for_the_kernel_before();
     const int per_row = a.k / 8, lane = threadIdx.x % 32;
     uint4 v[CHUNKS];
     int at[CHUNKS];  // piece of x, or -1

@@ -16,6 +16,9 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+#include "early.cuh"
+#include "pairs.cuh"
+
 constexpr int LINES = 2 * THREADS * ITEMS;  // of 16 bytes: half of them data, for four elements
 
 struct Arguments {
@@ -32,26 +35,6 @@ struct Arguments {
 struct Octet {
     u32 words[4];
 };
-
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 out;
-#if FP16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#endif
-    return out;
-}
-
-__device__ __forceinline__ float2 unpacked(u32 word) {
-#if FP16
-    float2 out;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(out.x), "=f"(out.y) : "r"(word));
-    return out;
-#else
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-#endif
-}
 
 __device__ __forceinline__ Octet load(const u16 *from) {
     uint4 v = *(const uint4 *)from;
@@ -96,10 +79,8 @@ __device__ __forceinline__ float sum_of_block(float v, u32 call) {
 extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_constant__ Arguments a) {
     const int t = threadIdx.x;
     Octet mine[ITEMS], of_stream[ITEMS], weight[ITEMS];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    let_the_next_start();
+    wait_for_the_kernel_before();
     u32 call = __ldcg(a.calls + blockIdx.x);
     for (int start = blockIdx.x * a.width; start < a.elements; start += gridDim.x * a.width) {
         call++;

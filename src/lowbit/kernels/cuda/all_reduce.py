@@ -89,7 +89,7 @@ class AllReduce:
         with on_device(y):
             kernel = loader.load(source(mode, self.world, self.width, y.dtype), "all_reduce", y.device.index)
             frame = loader.Frame(min(BLOCKS, -(-y.numel() // self.width)), threads, 0, (a,))
-            kernel.launch(frame, torch.cuda.is_current_stream_capturing() and capability(y.device.index) >= (9, 0))
+            kernel.launch(frame, torch.cuda.is_current_stream_capturing())
 
 
 def geometry(width: int) -> tuple[int, int]:

@@ -14,6 +14,9 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
+#include "early.cuh"
+#include "pairs.cuh"
+
 constexpr int D = WIDTH, R = SHARED, T = TOKENS;
 constexpr int WORKERS = CLUSTER * WARPS;
 constexpr int CHUNK = 16;
@@ -33,28 +36,6 @@ struct Arguments {
     int groups, capacity;
     float eps, scale_log2;
 };
-
-#if FP16
-#define KIND "f16"
-#else
-#define KIND "bf16"
-#endif
-
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 out;
-    asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-    return out;
-}
-
-__device__ __forceinline__ float2 unpacked(u32 word) {
-#if FP16
-    float2 out;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(out.x), "=f"(out.y) : "r"(word));
-    return out;
-#else
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-#endif
-}
 
 __device__ __forceinline__ float exp2_of(float x) {
     float out;
@@ -82,7 +63,7 @@ __device__ __forceinline__ void load_matrices(u32 (&out)[4], u32 from) {
 }
 
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -210,7 +191,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 
 decode_attention(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ float bests[WARPS][ROWS], weights[WARPS][ROWS], best_of_block[ROWS], weight_of_block[ROWS];
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_the_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = blockIdx.x % CLUSTER, head = blockIdx.x / CLUSTER;
     const int batch = head / a.groups, group = head % a.groups;
@@ -237,7 +218,7 @@ decode_attention(const __grid_constant__ Arguments a) {
 
     const int row = threadIdx.x / 8, first = threadIdx.x % 8 * OWN;  // eight threads of the first four warps turn a row
     const Angles angles(a, position + min(row, ROWS - 1) / R, first);  // of the first tile
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_the_kernel_before();
 
     const u16 *const tokens = a.qkv + (long long)batch * T * (R + 2) * a.groups * D;
     auto vector = [&](int token, int of) { return tokens + ((long long)token * (R + 2) * a.groups + of) * D; };

@@ -9,6 +9,10 @@
 
 typedef unsigned int u32;
 
+#define FP16 (TYPE == 1)
+#include "early.cuh"
+#include "pairs.cuh"
+
 constexpr int HALF = (ODD - 1) / 2;
 constexpr int COLUMNS = 1 << (LOG2 - 1);      // pairs that one number of Hartley's matrix multiplies
 constexpr int PAIRS = ODD * COLUMNS;
@@ -29,14 +33,7 @@ __device__ __forceinline__ float2 load(const void *x, long long pair) {
 #if TYPE == 2
     return ((const float2 *)x)[pair];
 #else
-    const u32 word = ((const u32 *)x)[pair];
-#if TYPE == 1
-    float2 v;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(v.x), "=f"(v.y) : "r"(word));
-    return v;
-#else
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-#endif
+    return unpacked(((const u32 *)x)[pair]);
 #endif
 }
 
@@ -44,13 +41,7 @@ __device__ __forceinline__ void store(void *out, long long pair, float2 v) {
 #if TYPE == 2
     ((float2 *)out)[pair] = v;
 #else
-    u32 word;
-#if TYPE == 1
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(v.y), "f"(v.x));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(v.y), "f"(v.x));
-#endif
-    ((u32 *)out)[pair] = word;
+    ((u32 *)out)[pair] = packed(v.x, v.y);
 #endif
 }
 
@@ -111,10 +102,8 @@ __device__ __forceinline__ void mix(const Arguments &a, float2 (&v)[ODD], float2
 
 extern "C" __global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ Arguments a) {
     extern __shared__ float2 row[];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    let_the_next_start();
+    wait_for_the_kernel_before();
     const long long start = (long long)blockIdx.x * PAIRS;
     for (int first = threadIdx.x; first < COLUMNS; first += THREADS * BATCH) {
         float2 v[BATCH][ODD];

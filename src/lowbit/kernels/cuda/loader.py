@@ -172,6 +172,7 @@ class CudaKernel:
             check(driver.cuFuncSetAttribute(self.function, limit, most), "cuFuncSetAttribute")
         self.name, self.device = kernel, device
         self._driver, self._handle = driver, int(self.function)
+        self._starts_early = torch.cuda.get_device_capability(device) >= (9, 0)
         self._resident: dict[tuple[int, int, int], int] = {}
 
     def resident(self, threads: int, shared: int, cluster: int = 1) -> int:
@@ -203,11 +204,11 @@ class CudaKernel:
 
         Args:
             early: the kernel may start before the one before it on the stream has ended; it waits for it itself
-                (programmatic dependent launch).
+                (programmatic dependent launch, from Hopper on).
         """
         config = frame.config
         config.stream = torch._C._cuda_getCurrentRawStream(self.device)
-        config.attribute_count = early
+        config.attribute_count = early and self._starts_early
         status = _launcher()(frame.config_at, self._handle, frame.parameters_at, None)
         if status:
             check((self._driver.CUresult(status),), f"cuLaunchKernelEx of {self.name}")

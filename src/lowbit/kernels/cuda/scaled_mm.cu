@@ -15,6 +15,7 @@
 
 #include "decode.cuh"
 #include "tiles.cuh"
+#include "early.cuh"
 
 #if S8
 typedef int Product;
@@ -95,7 +96,7 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
           const Exchange exchange, const float *x_scales, int cut) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) u64 barriers[(2 + NARROW) * STAGES];
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_the_next_start();
     // The 128-byte swizzle counts from multiples of 1024.
     u32 ring = (shared_address(memory) + 1023) & ~1023u, full = shared_address(barriers);
     keep(ring), keep(full);
@@ -121,7 +122,7 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
         Work work(a, steps, cut);
         Piece piece;
-        if (warp > 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+        if (warp > 0) wait_for_the_kernel_before();
         if (warp < 2 && lane == 0) {
             while (work.next(piece)) {
                 const Tile at = tile_at(a, piece.tile);
@@ -199,7 +200,7 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
     Piece piece;
     const int warp_row = group * 64 * ROW_TILES + warp * 16, base_row = warp_row + lane / 4;
     // Where blocks leave sums and flags, the kernel before may still have something else.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_the_kernel_before();
     while (work.next(piece)) {
         const Tile at = tile_at(a, piece.tile);
         Sum acc[ROW_TILES][COLUMNS / 2];

@@ -11,6 +11,7 @@
 // shall suffice for), GATED (W is a gate above what it gates: y (M, N / 2) = silu(gate) * up).
 
 #include "decode.cuh"
+#include "early.cuh"
 
 constexpr int WARPS = 8;
 constexpr int STAGES = 4;
@@ -35,19 +36,6 @@ __device__ __forceinline__ void mma(float *d, const u32 (&a)[4], u32 b0, u32 b1,
     asm("mma.sync.aligned.m16n8k16.row.col.f32." OPERAND "." OPERAND ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
-// Launched early inside CUDA graphs: weights are on their way before the kernel ahead has ended. Everything else waits.
-__device__ __forceinline__ void let_the_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_the_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ void arrive_cluster() {
@@ -89,7 +77,7 @@ small_m(const __grid_constant__ Arguments a, int half) {
     __shared__ float4 sums[BUFFERS][WARPS][TOKEN_TILES][32];
     __shared__ alignas(8) unsigned long long written[BUFFERS], used[BUFFERS];
     __shared__ u32 tables[TABLE_WORDS];
-    let_the_next_start();
+    let_the_next_start();  // weights are on their way before the kernel ahead has ended; everything else waits
     const u32 table = fill_table(tables, a);
     if (threadIdx.x < BUFFERS) {
         barrier_init(shared_address(&written[threadIdx.x]), WARPS);

@@ -18,6 +18,7 @@
 
 #include "decode.cuh"
 #include "tiles.cuh"
+#include "early.cuh"
 
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int IMAGES = STEP / 64;  // per stage of weights; two octets each
@@ -54,8 +55,8 @@ __device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, u32 chunk) {
 // hold. A row has 128 bytes in pieces of 16; piece c, which the swizzle moves to c ^ token % 8, holds for each of the four
 // lanes the pair c of the 16 weights which that lane owns there. One thread per piece.
 extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *images, int m, int k, int count) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    let_the_next_start();
+    wait_for_the_kernel_before();
     const long long i = (long long)blockIdx.x * 256 + threadIdx.x;
     const int place = i % 8, row = i / 8 % TOKENS, piece = place ^ row % 8;
     const int image = i / (8 * TOKENS) % count;
@@ -77,7 +78,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
     extern __shared__ u8 memory[];
     __shared__ alignas(8) u64 barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_the_next_start();
     // The 128-byte swizzle counts from multiples of 1024.
     u32 x_ring = (shared_address(memory) + 1023) & ~1023u, w_ring = x_ring + X_STAGES * X_BYTES;
     keep(x_ring), keep(w_ring);
@@ -132,7 +133,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
             asm volatile("cp.async.wait_all;" ::: "memory");
         } else if (threadIdx.x == W_THREADS) {
             // What is multiplied is the work of the kernel before.
-            asm volatile("griddepcontrol.wait;" ::: "memory");
+            wait_for_the_kernel_before();
             while (work.next(piece)) {
                 const int token = tile_at(a, piece.tile).token;
                 const u8 *images = (const u8 *)a.x + ((long long)token / TOKENS * work.steps + piece.begin) * IMAGES * IMAGE_BYTES;
@@ -165,7 +166,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
         int slot = 0, w_slot = 0;
         u32 phase = 0, w_phase = 0;
         // Where blocks leave sums and flags, the kernel before may still have something else.
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_the_kernel_before();
         while (work.next(piece)) {
             const int begin = piece.begin, end = piece.end;
             const Tile at = tile_at(a, piece.tile);

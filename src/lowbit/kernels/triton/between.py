@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.kernels.cache_layout import check_heads
 from lowbit.kernels.triton.early import let_the_next_start, wait_for_the_kernel_before
-from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, early_options, on_device
+from lowbit.kernels.triton.launch import OPTIONS, ceil_pow2, early_options, on_device, start
 
 ELEMENTS = 1024  # of a block of `silu_mul`
 HEADS = 8  # of a block of `rope_write`
@@ -63,11 +63,9 @@ def _norm(x: Tensor, y: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps:
     d = x.shape[-1]
     rows = x.numel() // d
     block = ceil_pow2(d, 16)
+    named = {"ADD": add, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
     with on_device(x):
-        rms_norm_kernel[(rows,)](
-            x, y, weight, total, out, d, eps, ADD=add, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-            **early_options(x.device), **OPTIONS,
-        )  # fmt: skip
+        start(rms_norm_kernel, (rows, 1), (x, y, weight, total, out, d, eps), named | early_options(x.device) | OPTIONS)
 
 
 # SiLU and product --------------------------------------------------------------------------------
@@ -93,10 +91,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     n = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], n)
     block = min(ELEMENTS, ceil_pow2(n, 16))
+    grid, named = (out.numel() // n, -(-n // block)), {"BLOCK": block, "num_warps": 4}
     with on_device(gate_up):
-        silu_mul_kernel[(out.numel() // n, -(-n // block))](
-            gate_up, out, n, BLOCK=block, num_warps=4, **early_options(gate_up.device), **OPTIONS
-        )
+        start(silu_mul_kernel, grid, (gate_up, out, n), named | early_options(gate_up.device) | OPTIONS)
     return out
 
 
