@@ -15,8 +15,8 @@ from lowbit.errors import see
 from lowbit.kernels.cuda.all_reduce import AllReduce, connect
 from lowbit.kernels.problem import is_batch_invariant
 
-#: Bytes of a tensor from which on the group is faster.
-MOST_BYTES = 1 << 20
+#: Bytes of a tensor up to which the exchange is faster: measured on two GPUs (docs/measured.md).
+MOST_BYTES = 4 << 20
 
 
 class Ranks:
