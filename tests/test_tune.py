@@ -1,4 +1,4 @@
-"""Tuning: scales and learned codebooks move, nothing else does, and the model comes nearer to its original."""
+"""Tuning: scales move, nothing else does, and the model comes nearer to its original."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ def batches() -> list[Tensor]:
     return [tiny_ids(8, 60, seed=s) for s in range(16)]
 
 
-@pytest.mark.parametrize(
-    "config", ["int4wo-16", "int3wo-16", "nvfp4wo", "nf4wo-64", "int4wo-32-sym", "codebook3wo-32", "codebook2v4wo-32"]
-)
-def test_text_that_was_not_seen_loses_less_and_only_what_is_trained_changes(config: str) -> None:
+@pytest.mark.parametrize("config", ["int4wo-16", "int3wo-16", "nvfp4wo", "nf4wo-64", "int4wo-32-sym"])
+def test_text_that_was_not_seen_loses_less_and_only_scales_change(config: str) -> None:
     original, model = tiny_llama(), tiny_llama()
     quantize_(model, {LAYERS: config})
     before = {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
@@ -44,12 +42,8 @@ def test_text_that_was_not_seen_loses_less_and_only_what_is_trained_changes(conf
         assert (new.format, new.act, new.dtype, new.shape) == (old.format, old.act, old.dtype, old.shape)
         for plane, values in old.planes.items():
             same = torch.equal(values.view(torch.uint8), new.planes[plane].view(torch.uint8))
-            learned = plane == "codebook" and config.startswith("codebook")
-            assert same or plane == "scale" or learned, plane
-            changed += not same and plane == "scale"
-            assert not (same and learned)
-            if learned:
-                assert torch.equal(values == 0, new.planes[plane] == 0)
+            assert same or plane == "scale", plane
+            changed += not same
     assert 0 < changed <= 14  # scales in e4m3 are coarse, and some stay where they are
 
 
@@ -80,26 +74,6 @@ def test_gradients_are_those_of_the_scale(config: str) -> None:
     (F.linear(x, dense, linear.bias.detach()) * up).sum().backward()
     torch.testing.assert_close(layer.gain.grad, gain.grad)
     torch.testing.assert_close(by_x, x.grad)
-
-
-@pytest.mark.parametrize("config", ["codebook4wo-16", "codebook4v2wo-16", "codebook2v4wo-16"])
-def test_gradients_are_those_of_the_codebook(config: str) -> None:
-    """Against autograd through `table[code] * scale`."""
-    linear = nn.Linear(48, 24)
-    quantize_(linear, config, lambda *_: True)
-    weight = linear.weight
-    assert isinstance(weight, QuantizedTensor)
-    layer = ScaledLinear(weight, None)
-    assert torch.equal(layer.dense(), weight.dequantize(torch.float32))
-    x, up = torch.randn(3, 5, 48), torch.randn(3, 5, 24)
-    (layer(x) * up).sum().backward()
-    element = weight.format.element
-    table = weight.planes["codebook"].float().requires_grad_()
-    codes = element.unpack(weight.planes, 48 // element.vector).int()
-    dense = table[codes].reshape(24, 48) * weight.planes["scale"].float().repeat_interleave(16, 1)
-    (F.linear(x, dense) * up).sum().backward()
-    torch.testing.assert_close(layer.table.grad, torch.where(table == 0, 0, table.grad))
-    assert (layer.table.grad != 0).any()
 
 
 def test_shared_weights_stay_shared() -> None:

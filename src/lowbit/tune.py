@@ -1,5 +1,4 @@
-"""Tuning: trains scales and learned codebooks of a quantized model end to end, until it predicts what its original
-predicts.
+"""Tuning: trains the scales of a quantized model end to end, until it predicts what its original predicts.
 
     lowbit.quantize_(model, "int3wo-64", algorithm="awq+gptq", batches=batches)
     lowbit.tune_scales_(model, original, batches)
@@ -13,9 +12,7 @@ falls, p being the original's distribution and q the quantized model's. To train
 the second phase of Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
 arXiv:2407.11062 (section 3.3, E2E-QP); to follow the original's distribution instead of a label is Liu et al.,
 "LLM-QAT", arXiv:2305.17888 (equation 4). Of s exp(g), the derivative of a weight w by g is w itself, so nothing but
-layer inputs is kept on the way forward. Entries of learned codebooks move as they are, by Adam, too, which is what
-Egiazarian et al., "Extreme Compression of Large Language Models via Additive Quantization", arXiv:2401.06118 (section
-3.4), train end to end; those that are 0 stay, so that groups of zeros do.
+layer inputs is kept on the way forward.
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ from lowbit.algorithms.qat import fake_quantize
 from lowbit.algorithms.search import stored_scale
 from lowbit.errors import see
 from lowbit.formats.base import Planes, tile_reduce
-from lowbit.formats.codebook import CodebookFormat
 from lowbit.linear import QuantizedLinear
 from lowbit.tensor import QuantizedTensor
 
@@ -47,8 +43,7 @@ def tune_scales_(
     lr: float = 2e-3,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[float]:
-    """Train the scales of every quantized Linear of a language model in place, and codebooks that were learned from
-    weights; nothing else changes.
+    """Train the scales of every quantized Linear of a language model in place; nothing else changes.
 
     Takes the memory of training without the optimizer's usual two states per weight: a float copy of what is not
     quantized, one layer's weight at a time, all layers' inputs for one batch.
@@ -58,8 +53,7 @@ def tune_scales_(
         original: what it was before, on the same device.
         batches, forward: inputs, as `calibrate` takes them; one step each.
         epochs: how often all of them are seen.
-        lr: Adam's step, which is how far a scale moves at first, as a share of itself, and an entry of a codebook, as a
-            share of the largest weight. It falls to 0 linearly.
+        lr: Adam's step, which is how far a scale moves at first, as a share of itself. It falls to 0 linearly.
         progress: called with (steps done, steps in all, nats of the step before) before each step.
 
     Returns:
@@ -75,8 +69,8 @@ def tune_scales_(
             f"and lr={lr}" + see("bad-option")
         )
     training, layers = _training_copy(model)
-    trained = [p for layer in layers.values() for p in (layer.gain, layer.table) if p is not None]
-    optimizer, steps, losses = torch.optim.Adam(trained, lr), epochs * len(batches), list[float]()
+    gains = [layer.gain for layer in layers.values()]
+    optimizer, steps, losses = torch.optim.Adam(gains, lr), epochs * len(batches), list[float]()
     for step in range(steps):
         if progress is not None:
             progress(step, steps, losses[-1] if losses else float("nan"))
@@ -101,13 +95,10 @@ def tune_scales_(
 
 
 class ScaledLinear(nn.Module):
-    """A quantized Linear whose scales are `s exp(gain)` and whose codebook, if it was learned, is `table`, both rounded
-    as they will be stored.
+    """A quantized Linear whose scales are `s exp(gain)`, rounded as they will be stored.
 
     `layer`, without its weight, has what lies beside it and the bias, which stay.
     """
-
-    table: nn.Parameter | None
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None, layer: QuantizedLinear | None = None) -> None:
         super().__init__()
@@ -117,14 +108,10 @@ class ScaledLinear(nn.Module):
         scale, self.tile = weight.format.effective_scale(self.start)
         self.n, self.gain = weight.out_features, nn.Parameter(torch.zeros_like(scale))
         self.scale = scale
-        learned = isinstance(self.format, CodebookFormat)
-        self.register_parameter("table", nn.Parameter(self.start["codebook"].float()) if learned else None)
 
     @property
     def planes(self) -> Planes:
-        scale = stored_scale(self.format, self.start, self.scale * self.gain.detach().exp())
-        table = {} if self.table is None else {"codebook": self.table.detach().to(self.start["codebook"].dtype)}
-        return self.start | {"scale": scale} | table
+        return self.start | {"scale": stored_scale(self.format, self.start, self.scale * self.gain.detach().exp())}
 
     def dense(self) -> Tensor:
         """fp32 `(N, K)`."""
@@ -138,37 +125,26 @@ class ScaledLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         x = x if self.act is None else fake_quantize(x, self.act)
-        y: Tensor = _Scaled.apply(x, self.gain, self.table, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _Scaled.apply(x, self.gain, self)  # type: ignore[no-untyped-call]
         return y
-
-    def by_table(self, by_weight: Tensor) -> Tensor | None:
-        """The derivative by every entry of the codebook of what has the derivative `by_weight (N, K)` by the weight."""
-        if self.table is None:
-            return None
-        element, vector = self.format.element, self.format.element.vector
-        by_level = F.pad(self.format.scaled(by_weight, self.planes), (0, -self.k % vector)).view(-1, vector)
-        codes = element.unpack(self.start, -(-self.k // vector)).flatten().int()
-        entries = torch.zeros(self.table.shape[0], vector, device=by_level.device).index_add_(0, codes, by_level)
-        return torch.where(self.start["codebook"] == 0, 0, entries.view(self.table.shape))
 
 
 class _Scaled(torch.autograd.Function):
     """`x W^T`; the weight is made again on the way back. What storing rounds off a scale counts as not rounded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, table: Tensor | None, layer: ScaledLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, layer: ScaledLinear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
         return F.linear(x, layer.dense())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (x,), w = ctx.saved_tensors, ctx.layer.dense()
         (grad,) = grads
         by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        by_table = ctx.layer.by_table(by_weight)
         by_gain = tile_reduce(by_weight.mul_(w), ctx.layer.tile, lambda t: t.sum(1))
-        return grad @ w, by_gain, by_table, None
+        return grad @ w, by_gain, None
 
 
 def _training_copy(model: nn.Module) -> tuple[nn.Module, dict[int, ScaledLinear]]:
@@ -203,8 +179,6 @@ def _training_copy(model: nn.Module) -> tuple[nn.Module, dict[int, ScaledLinear]
     training.float().requires_grad_(False)
     for layer in layers.values():
         layer.gain.requires_grad_(True)
-        if layer.table is not None:
-            layer.table.requires_grad_(True)
     return training, layers
 
 
