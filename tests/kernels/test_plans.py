@@ -343,10 +343,12 @@ def test_a_frame_is_what_the_driver_reads(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loader, "_launcher", lambda: launcher)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
     kernel = object.__new__(loader.CudaKernel)
-    kernel.name, kernel.device, kernel._handle = "k", 3, 77
+    kernel.name, kernel.device, kernel._handle, kernel._starts_early = "k", 3, 77, True
     frame = loader.Frame(5, 256, 4096, (decode.Arguments(m=9), ctypes.c_int(4)))
     kernel.launch(frame, early=True)
     frame.arguments[0].m = 10
     kernel.launch(frame)
+    kernel._starts_early = False  # before Hopper
+    kernel.launch(frame, early=True)
     same = (5, 1, 1), (256, 1, 1), 4096, 103
-    assert seen == [(*same, 6, 77, (9, 4)), (*same, 0, 77, (10, 4))]
+    assert seen == [(*same, 6, 77, (9, 4)), (*same, 0, 77, (10, 4)), (*same, 0, 77, (10, 4))]
