@@ -33,7 +33,6 @@ class Ranks:
 
     def add_up(self, y: Tensor) -> Tensor:
         """The sum of all ranks' `y (..., hidden_size)`, in its place."""
-        _check_no_gradient(y)
         if (direct := self._direct_for(y)) is not None:
             return direct.add_up(y)
         dist.all_reduce(y, group=self.group)
@@ -48,7 +47,6 @@ class Ranks:
 
     def gather(self, y: Tensor) -> Tensor:
         """The parts `(..., n)` that ranks have, side by side: `(..., ranks n)`."""
-        _check_no_gradient(y)
         if (direct := self._direct_for(y)) is not None:
             return direct.gather(y)
         parts = y.new_empty(dist.get_world_size(self.group), *y.shape)
@@ -56,6 +54,8 @@ class Ranks:
         return parts.movedim(0, -2).flatten(-2)
 
     def _direct_for(self, y: Tensor) -> AllReduce | None:
+        """The exchange, if it takes `y`; asked first, whatever is exchanged, and so the place to refuse gradients."""
+        _check_no_gradient(y)
         if isinstance(self.direct, str) or not self.direct.takes(y):
             return None
         # How the group adds up depends on the size, which nothing may in `batch_invariant`.

@@ -14,6 +14,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
+#include "cluster.cuh"
 #include "early.cuh"
 #include "pairs.cuh"
 
@@ -70,20 +71,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 
 // All blocks of the cluster have come to the same place, and see what the others have written before it.
 __device__ __forceinline__ void meet() {
-    if constexpr (CLUSTER > 1)
-        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else
-        __syncthreads();
+    if constexpr (CLUSTER == 1) __syncthreads();
+    arrive_cluster();
+    wait_cluster();
 }
 
 // A float of the shared memory of block `rank`.
 __device__ __forceinline__ float read(const float *at, int rank) {
     if constexpr (CLUSTER == 1) return *at;
-    u32 there;
-    float v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(at)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there));
-    return v;
+    return read_float(address(at), rank);
 }
 
 // Angles of one token for a thread's OWN pairs of numbers, which are half a row apart.
@@ -306,5 +302,7 @@ decode_attention(const __grid_constant__ Arguments a) {
         const u16 y = (u16)packed(sum / weight, 0.0f);
         a.out[(((long long)batch * T + of / R) * a.groups * R + group * R + of % R) * D + e % D] = y;
     }
-    if constexpr (CLUSTER > 1) meet();  // nobody leaves while others read here
+    // Nobody leaves while others read here.
+    arrive_cluster();
+    wait_cluster();
 }

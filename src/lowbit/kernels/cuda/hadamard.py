@@ -69,6 +69,7 @@ def _angles(odd: int) -> tuple[list[float], list[float]]:
     return [math.cos(v) for v in angles], [math.sin(v) for v in angles]
 
 
+@cache
 def _arguments(odd: int) -> type[ctypes.Structure]:
     class Arguments(ctypes.Structure):
         """`struct Arguments` of hadamard.cu."""
@@ -81,9 +82,6 @@ def _arguments(odd: int) -> type[ctypes.Structure]:
     return Arguments
 
 
-_structures = cache(_arguments)
-
-
 def hadamard(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     """`decoder_ops.hadamard` of rows that `why_not` has nothing against."""
     k = x.shape[-1]
@@ -92,7 +90,7 @@ def hadamard(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     out = torch.empty_like(x)
     odd, two = factors(k)
     cosine, sine = _angles(odd)
-    a = _structures(odd)(
+    a = _arguments(odd)(
         x.data_ptr(), None if signs is None else signs.data_ptr(), out.data_ptr(), two**-0.5 / math.sqrt(odd),
         (ctypes.c_float * odd)(*cosine), (ctypes.c_float * odd)(*sine),
     )  # fmt: skip

@@ -12,6 +12,7 @@
 
 #include "decode.cuh"
 #include "early.cuh"
+#include "cluster.cuh"
 
 constexpr int WARPS = 8;
 constexpr int STAGES = 4;
@@ -36,32 +37,6 @@ __device__ __forceinline__ void mma(float *d, const u32 (&a)[4], u32 b0, u32 b1,
     asm("mma.sync.aligned.m16n8k16.row.col.f32." OPERAND "." OPERAND ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
-__device__ __forceinline__ void arrive_cluster() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-// Every block of the cluster has come to the same place: sums written before it can be read after it.
-__device__ __forceinline__ void wait_cluster() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// A float of the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float read_float(u32 at, int rank) {
-    float v;
-#if CLUSTER > 1
-    u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there));
-#else
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
-#endif
-    return v;
 }
 
 // Four activations from an address that is a multiple of 8, as two words.
