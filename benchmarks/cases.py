@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -60,9 +60,10 @@ class Case:
 
 
 def arguments(
-    description: str | None, *, seconds: float, formats: str, tokens: str, kernels: Sequence[str] = ()
-) -> argparse.Namespace:
-    """The command line, with these defaults; the first of `kernels` is one, too."""
+    description: str | None, *, seconds: float, formats: str, tokens: str, kernels: Sequence[str] = (),
+    more: Mapping[str, float] | None = None,
+) -> argparse.Namespace:  # fmt: skip
+    """The command line, with these defaults; the first of `kernels` is one, too, and `more` are further numbers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=seconds)
@@ -71,6 +72,8 @@ def arguments(
     parser.add_argument("--tokens", default=tokens)
     if kernels:
         parser.add_argument("--kernel", choices=kernels, default=kernels[0])
+    for name, default in (more or {}).items():
+        parser.add_argument(f"--{name}", type=float, default=default)
     return parser.parse_args()
 
 

@@ -53,10 +53,11 @@ def variants(kernel: str, case: Case) -> tuple[Tiling, list[Tiling]]:
 
 
 def source_of(case: Case, tiling: Tiling) -> Source:
+    n = case.weights[0].out_features
     if isinstance(tiling, wgmma.Config):
-        return wgmma.source(case.format, tiling, torch.bfloat16)
+        return wgmma.source(case.format, tiling, n, torch.bfloat16)
     assert case.act is not None
-    return scaled_mm.source(case.format, case.act, tiling, torch.bfloat16)
+    return scaled_mm.source(case.format, case.act, tiling, n, torch.bfloat16)
 
 
 def run_of(case: Case, tiling: Tiling, scales: Tensor) -> Run:

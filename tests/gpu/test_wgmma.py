@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,9 @@ CONFIGS = [
     Config(128, 2, own_order=True), Config(256, cut=True, own_order=True), Config(128, split=4, own_order=True),
     Config(256, split=2, own_order=True), Config(64, cut=True, warpgroups=3), Config(128, split=4, warpgroups=3),
     Config(128, warpgroups=3, own_order=True), Config(64, split=2, warpgroups=3, own_order=True),
+    Config(256, cluster=2), Config(256, cluster=2, own_order=True), Config(256, cut=True, cluster=2, own_order=True),
+    Config(256, split=2, cluster=2, own_order=True), Config(128, 2, cut=True, cluster=2),
+    Config(16, blocks=2, cluster=2),
 ]  # fmt: skip
 
 
@@ -55,8 +60,8 @@ def test_every_tile(config: Config, spec: str) -> None:
     fmt = next(f for f in FORMATS if f.spec == spec)
     if isinstance(wgmma.constants(fmt, config), str):
         pytest.skip("there is no such instance: its sums do not fit the registers")
-    n, k = 388, 3200
-    for m in (5, 130):
+    k = 3200
+    for n, m in ((388, 5), (392, 130), (392, 600)):  # rows of outputs that the copy engine can write, or not
         x = inputs(m, k, torch.bfloat16, seed=m)
         y = wgmma.launch(x, weight_on_gpu(fmt, n, k).planes, fmt, n, config=config)
         assert_close(y, expected(x, weight_on_gpu(fmt, n, k)), fmt, torch.bfloat16)
@@ -80,6 +85,22 @@ def test_row_does_not_depend_on_its_company_where_tiles_are_whole() -> None:
     whole = wgmma.launch(x, w.planes, fmt, n, config=Config(128))
     for m, config in ((1, Config(16, blocks=2)), (33, Config(64)), (100, Config(128, 2)), (256, Config(256))):
         assert torch.equal(wgmma.launch(x[:m].contiguous(), w.planes, fmt, n, config=config), whole[:m])
+
+
+@pytest.mark.parametrize("spec", ["int4:g128", "int8:row", "nf4:g64", "int3:g64", "mxfp4"])
+@pytest.mark.parametrize("n", [64, 388, 1024])
+def test_clusters_give_the_same_bits(spec: str, n: int) -> None:
+    """The last cluster may have blocks without any rows."""
+    fmt = next(f for f in FORMATS if f.spec == spec)
+    x, w = inputs(700, 2048, torch.bfloat16), weight_on_gpu(fmt, n, 2048)
+    for own_order in (False, True):
+        config = Config(256, own_order=own_order)
+        if isinstance(wgmma.constants(fmt, config), str):
+            continue
+        alone = wgmma.launch(x, w.planes, fmt, n, config=config)
+        for _ in range(5):
+            together = wgmma.launch(x, w.planes, fmt, n, config=replace(config, cluster=2))
+            assert torch.equal(alone, together)
 
 
 @pytest.mark.parametrize("cut", [False, True])

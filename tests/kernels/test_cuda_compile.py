@@ -54,11 +54,8 @@ def small_m_code(fmt: Format, arch: tuple[int, int], **changes: int) -> bytes:
     return loader.compile_source(source, "small_m", tuple(sorted((dict(defines) | more).items())), arch)
 
 
-def wgmma_code(fmt: Format, config: Config, dtype: torch.dtype = torch.bfloat16) -> bytes:
-    defines = wgmma.constants(fmt, config)
-    assert not isinstance(defines, str), defines
-    source = wgmma.instruction(config.tokens, dtype) + loader.read_source("wgmma.cu")
-    return loader.compile_source(source, "wgmma", (*defines, ("FP16", int(dtype == torch.float16))), HOPPER)
+def wgmma_code(fmt: Format, config: Config, dtype: torch.dtype = torch.bfloat16, n: int = 4096) -> bytes:
+    return wgmma.source(fmt, config, n, dtype).machine_code(HOPPER)
 
 
 def dequant_code(fmt: Format, arch: tuple[int, int]) -> bytes:
@@ -154,7 +151,7 @@ def test_codes_times_codes(spec: str, act: str, sizes: tuple[int, ...], tile: Ti
         c = replace(tile, columns=tokens, split=4 if tokens == 64 and tile == Tiling(8) else 1)
         if isinstance(scaled_mm.constants(fmt, act_fmt, c), str):
             continue
-        code = instructions(scaled_mm.source(fmt, act_fmt, c, torch.bfloat16).machine_code(HOPPER), "scaled_mm")
+        code = instructions(scaled_mm.source(fmt, act_fmt, c, 4096, torch.bfloat16).machine_code(HOPPER), "scaled_mm")
         products = [line for line in code if product in line]
         assert len(products) >= 4
         assert all(f"64x{tokens}x32" in line for line in products)

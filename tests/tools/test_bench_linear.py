@@ -103,6 +103,25 @@ def test_a_slow_variant_gets_fewer_turns_and_a_broken_one_none():
     assert got["slow"] == timing.summarize([1e7] * 3)
 
 
+def test_a_variant_that_is_held_has_run_by_itself():
+    now, order = [0.0], []
+
+    def lasting(name, seconds):
+        def turn():
+            order.append(name)
+            now[0] += seconds
+            return now[0]
+
+        return turn
+
+    turns = {"long": lasting("long", 0.25), "short": lasting("short", 0.125)}
+    got = timing.take_turns(turns, rounds=15, hold=0.5, clock=lambda: now[0])
+    assert order == (["long"] * 3 + ["short"] * 5) * timing.FEWEST_ROUNDS
+    assert got["long"].samples == got["short"].samples == timing.FEWEST_ROUNDS
+    assert timing.hold_for(timing.HELD_FROM, torch.device("cuda")) == timing.HOLD_SECONDS
+    assert timing.hold_for(timing.HELD_FROM - 1, torch.device("cuda")) == timing.hold_for(4096, CPU) == 0
+
+
 def test_a_turn_runs_every_copy_and_counts_one_call(monkeypatch):
     called = []
     now = iter([1.0, 1.000_040])
@@ -275,7 +294,7 @@ def test_what_a_peer_raises_is_its_result(monkeypatch):
 
         return lambda w: call
 
-    monkeypatch.setattr(timing, "take_turns", lambda turns, rounds: {name: timed(7.0) for name in turns})
+    monkeypatch.setattr(timing, "take_turns", lambda turns, rounds, **_: {name: timed(7.0) for name in turns})
     all_peers = [
         peer("unknown", unknown), peer("no_weight", no_weight), peer("no_call", no_call),
         peer("zeros", lambda scheme: lambda w: lambda x: x.new_zeros(x.shape[0], w.shape[0])),
@@ -313,7 +332,7 @@ def test_a_peer_may_reuse_the_memory_of_its_results():
 def test_a_faster_peer_is_said_to_be_faster(monkeypatch):
     """Times by name, whatever the machine: everything between the clock and the ratio is real."""
     us = {"floor": 5.0, "bf16": 30.0, "lowbit": 12.0, "quick": 9.0}
-    monkeypatch.setattr(timing, "take_turns", lambda turns, rounds: {name: timed(us[name]) for name in turns})
+    monkeypatch.setattr(timing, "take_turns", lambda turns, rounds, **_: {name: timed(us[name]) for name in turns})
     quick = peer("quick", lambda scheme: lambda w: lambda x: F.linear(x, w))
     (got,), _ = bench.bench_linear(plan(quick))
     assert got.ratio == pytest.approx(0.75)

@@ -246,7 +246,8 @@ def _row(
         partials[provider] = record
     if LOWBIT in turns:
         partials[LOWBIT] = _judged(plan, partials[LOWBIT], scheme, variants[LOWBIT].functions[0], x)
-    timings = timing.take_turns({FLOOR: floor, **turns}, plan.rounds)
+    hold = timing.hold_for(x.shape[0], plan.device)
+    timings = timing.take_turns({FLOOR: floor, **turns}, plan.rounds, hold=hold)
     for provider, found in timings.items():
         if isinstance(found, Exception):
             _check_alive(plan, f"{provider}: {reason_of(found)}")
@@ -299,5 +300,6 @@ def _exact(x: Tensor, w: Tensor) -> Tensor:
 
 def environment(plan: Plan, command: str) -> dict[str, Any]:
     """What a result has to name beside its numbers."""
-    more = {"cold_bytes": timing.COLD_BYTES, "rounds": plan.rounds, "seconds": plan.seconds}
+    more = {"cold_bytes": timing.COLD_BYTES, "rounds": plan.rounds, "seconds": plan.seconds,
+            "held_from": timing.HELD_FROM, "hold_seconds": timing.HOLD_SECONDS}  # fmt: skip
     return about(plan.device, command) | {"peers": {peer.name: peer.versions() for peer in plan.peers}} | more

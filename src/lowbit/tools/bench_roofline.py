@@ -7,7 +7,6 @@ CUDA graphs, medians. Inputs stay where the layer before would have left them: i
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -61,7 +60,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
             missing[unit] = "kernels on this CPU multiply in fp32"
             continue
         try:
-            speed = 2 * SIDE[kind] ** 3 / _seconds(make(SIDE[kind], device), device)
+            hold = timing.hold_for(SIDE[kind], device)
+            speed = 2 * SIDE[kind] ** 3 / _seconds(make(SIDE[kind], device), device, hold)
             peaks[unit] = max(speed, peaks.get(unit, 0))
             missing.pop(unit, None)
         except (RuntimeError, ValueError, TypeError) as error:  # a unit that the GPU or this torch does not have
@@ -78,11 +78,14 @@ def _multiplies_codes(device: torch.device) -> bool:
     return ops.operand_dtype(problem) == torch.int8
 
 
-def _seconds(calls: Sequence[Call], device: torch.device) -> float:
+def _seconds(calls: Sequence[Call], device: torch.device, hold: float = 0.0) -> float:
     """Median seconds of one call."""
     timing.warm_up(calls, device)
     turn = timing.turn_of(calls, device)
-    return statistics.median(turn() for _ in range(ROUNDS)) / 1e6
+    (found,) = timing.take_turns({"": turn}, ROUNDS, hold=hold).values()
+    if isinstance(found, Exception):
+        raise found
+    return found.us / 1e6
 
 
 def _squares(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -205,7 +208,7 @@ def _measured(
     for name, calls in variants.items():
         timing.warm_up(calls, plan.device)
         turns[name] = timing.turn_of(calls, plan.device)
-    found = timing.take_turns(turns, plan.rounds)
+    found = timing.take_turns(turns, plan.rounds, hold=timing.hold_for(shape.m, plan.device))
     for name, timed in found.items():
         if isinstance(timed, Exception):
             raise RuntimeError(f"{name} does not run") from timed

@@ -3,6 +3,10 @@
 A *variant* is one way to compute something, given as a list of calls, one per copy of its weights. Together the copies
 exceed the cache, so that every call reads its weights from memory, as a model's layers do. A *turn* runs all calls of
 a variant once: on a GPU as one CUDA graph, which leaves Python and launches out; on a CPU by the clock.
+
+Products of many tokens run at the GPU's power limit, which sets the clock a tenth of a second or more behind what runs:
+in short turns a variant has the clock that the others' power leaves, and one that draws less seems slower than it is.
+There a variant is *held*: it runs by itself until the clock is its own (docs/measured.md has what that changes).
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from lowbit.kernels.triton.launch import OPTIONS
 COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 FEWEST_COPIES, MOST_COPIES = 2, 64
 ROUNDS, FEWEST_ROUNDS = 15, 3
+# From so many tokens on variants are held, for so many seconds each time, of which there are FEWEST_ROUNDS.
+HELD_FROM, HOLD_SECONDS = 512, 0.3
 
 Call = Callable[[], object]
 #: Runs a variant's turn and returns the microseconds of one call.
@@ -97,26 +103,39 @@ def take_turns(
     rounds: int = ROUNDS,
     seconds: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
+    hold: float = 0.0,
 ) -> dict[str, Timing | Exception]:
     """Time variants round robin: whatever changes with time (clocks, heat, other programs) meets all of them alike.
 
     A variant that has spent `seconds` on at least `FEWEST_ROUNDS` turns gets no more. One that fails is out; its
     error stands in place of its timing.
+
+    Args:
+        hold: seconds that a variant runs by itself ahead of each turn that counts (`hold_for`); there are
+            `FEWEST_ROUNDS` of these then.
     """
     samples: dict[str, list[float]] = {name: [] for name in turns}
     spent = dict.fromkeys(turns, 0.0)
     failed: dict[str, Exception] = {}
-    for _ in range(rounds):
+    for _ in range(min(rounds, FEWEST_ROUNDS) if hold else rounds):
         for name, turn in turns.items():
             if name in failed or (spent[name] > seconds and len(samples[name]) >= FEWEST_ROUNDS):
                 continue
-            began = clock()
             try:
+                began = clock()
+                while clock() - began < hold:
+                    turn()
+                began = clock()
                 samples[name].append(turn())
             except Exception as error:  # whatever a library raises is a result here, and its neighbours go on
                 failed[name] = error
             spent[name] += clock() - began
     return {name: failed[name] if name in failed else summarize(samples[name]) for name in turns}
+
+
+def hold_for(tokens: int, device: torch.device) -> float:
+    """Seconds that a product of so many tokens is held."""
+    return HOLD_SECONDS if tokens >= HELD_FROM and device.type == "cuda" else 0.0
 
 
 def median_us(calls: Sequence[Call], rounds: int = ROUNDS) -> float:

@@ -93,14 +93,14 @@ __device__ __forceinline__ u32 widened(u32 codes, u32 zero) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-          const Exchange exchange, const float *x_scales, int cut) {
+          const __grid_constant__ TensorMap y_map, const Exchange exchange, const float *x_scales, int cut) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) u64 barriers[(2 + NARROW) * STAGES];
     let_the_next_start();
     // The 128-byte swizzle counts from multiples of 1024.
     u32 ring = (shared_address(memory) + 1023) & ~1023u, full = shared_address(barriers);
     keep(ring), keep(full);
-    const u32 out = ring + STAGES * STAGE_BYTES, scale_ring = out + 4 * CONSUMERS * OUT_BYTES;
+    const u32 out = ring + STAGES * STAGE_BYTES, scale_ring = out + CONSUMERS * OUT_BYTES;
     const u32 empty = full + 8 * STAGES, ready = NARROW ? empty + 8 * STAGES : full;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -310,6 +310,7 @@ scaled_mm(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap
             for (int e = 0; e < COLUMNS / 2; e++) written(acc[i][e]);
 #endif
         const int first_row = (TURNED ? at.token : at.row) + warp_row, first_column = TURNED ? at.row : at.token;
-        finish_piece(a, work, piece, acc, exchange, group, first_row, first_column, out + threadIdx.x / 32 * OUT_BYTES);
+        finish_piece(a, y_map, work, piece, acc, exchange, group, first_row, first_column, out + group * OUT_BYTES);
     }
+    wait_for_outputs();
 }

@@ -119,13 +119,13 @@ def constants(fmt: Format, act: Format, c: Tiling) -> loader.Defines | str:
     return tuple(sorted(defines.items()))
 
 
-def source(fmt: Format, act: Format, c: Tiling, dtype: torch.dtype) -> loader.Source:
-    """What is compiled for an instance."""
+def source(fmt: Format, act: Format, c: Tiling, n: int, dtype: torch.dtype) -> loader.Source:
+    """What is compiled for an instance and layers of `n` rows."""
     defines, codes = constants(fmt, act, c), kind(act)
     assert not isinstance(defines, str), defines
     assert codes is not None, act
-    fp16 = ("FP16", int(dtype == torch.float16))
-    return loader.Source("scaled_mm.cu", (*defines, fp16), instruction(c.columns, codes))
+    more = *c.output_defines(n), ("FP16", int(dtype == torch.float16))
+    return loader.Source("scaled_mm.cu", (*defines, *more), instruction(c.columns, codes))
 
 
 @cache
@@ -231,7 +231,7 @@ def describe(problem: Problem) -> str:
 def sources(problem: Problem, sms: int) -> list[loader.Source]:
     """What is compiled for a problem on a GPU with `sms` multiprocessors."""
     assert problem.activation is not None
-    return [source(problem.weight, problem.activation.format, _config(problem, sms), problem.dtype)]
+    return [source(problem.weight, problem.activation.format, _config(problem, sms), problem.n, problem.dtype)]
 
 
 def _config(problem: Problem, sms: int) -> Tiling:
@@ -314,7 +314,7 @@ class Plan(NamedTuple):
     ) -> None:
         """Launch for tensors as `decode.fill` takes them; `scales` are those of `launch`."""
         frame, c, (m, n, k) = self.frames.take(), self.config, self.sizes
-        a, _, _, exchange, x_scales, _ = frame.arguments
+        a, _, _, _, exchange, x_scales, _ = frame.arguments
         row_scale = None if self.grouped else scales
         _keep = decode.fill(frame, codes, y, planes, self.spec, self.sizes, bias, row_scale)
         if self.grouped:
@@ -328,7 +328,8 @@ class Plan(NamedTuple):
         with on_device(codes):
             x_map = loader.tensor_map(a.x, m, k // 2, c.tokens)
             w_map = loader.tensor_map(a.codes, n, columns, c.rows, a.stride, *box)
-            frame.parameters[1], frame.parameters[2] = ctypes.addressof(x_map), ctypes.addressof(w_map)
+            y_map = c.output_map(y.view(m, n))
+            frame.parameters[1:4] = [ctypes.addressof(map_of) for map_of in (x_map, w_map, y_map)]
             # W is read before the kernel ahead has ended. Outside of graphs, that kernel may be the one that made W.
             self.kernel.launch(frame, torch.cuda.is_current_stream_capturing())
         self.frames.give(frame)
@@ -337,13 +338,13 @@ class Plan(NamedTuple):
 @cache
 def _plan(fmt: Format, act: Format, c: Tiling, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
     sms = multiprocessors(torch.device("cuda", device))
-    kernel = loader.load(source(fmt, act, c, dtype), "scaled_mm", device)
+    kernel = loader.load(source(fmt, act, c, n, dtype), "scaled_mm", device)
     shared = stages(fmt, act, c) * stage_bytes(fmt, act, c) + c.output_bytes + 1024
-    parts, threads = shares(c, m, n, -(-k // DEPTH), sms), c.threads(2 if is_narrow(fmt) else 1)
+    parts, threads = shares(c, m, n, -(-k // DEPTH), c.resident(sms)), c.threads(2 if is_narrow(fmt) else 1)
     w_box = (k * fmt.element.bits // 16, *((DEPTH // 2, False) if is_narrow(fmt) else (DEPTH, True)))
 
     def frame() -> loader.Frame:
-        maps, pointer = (loader.TensorMap(), loader.TensorMap()), ctypes.c_void_p()
+        maps, pointer = tuple(loader.TensorMap() for _ in range(3)), ctypes.c_void_p()
         return loader.Frame(
             parts.blocks, threads, shared,
             (decode.Arguments(), *maps, Exchange(), pointer, ctypes.c_int(int(c.cut))),

@@ -9,14 +9,23 @@
 // Where there are very few tiles, the SPLIT blocks of a team share each: every block has a part of K, leaves its sums for
 // the blocks that finish them, and finishes those of some tokens itself.
 //
-// After decode.cuh. Compiled with -D COLUMNS, ROW_TILES (of 64 rows, per warpgroup), CONSUMERS (warpgroups), SPLIT, and
-// INTEGER where sums are, TURNED where products are.
+// Blocks may form clusters: CLUSTER tiles that follow each other, of the same tokens, are multiplied side by side.
+//
+// Outputs go through shared memory: runs of 64 rows of W for some tokens, which the copy engine writes while the warpgroup
+// goes on. Where rows of y do not begin at multiples of 16 bytes, every warp writes its own instead.
+//
+// After decode.cuh. Compiled with -D COLUMNS, ROW_TILES (of 64 rows, per warpgroup), CONSUMERS (warpgroups), SPLIT, BULK_OUT,
+// OUT_BUFFERS (runs that a warpgroup has room for), and INTEGER where sums are, TURNED where products are, CLUSTER where there
+// are any.
 
 #ifndef INTEGER
 #define INTEGER 0
 #endif
 #ifndef TURNED
 #define TURNED 0
+#endif
+#ifndef CLUSTER
+#define CLUSTER 1
 #endif
 #if INTEGER
 typedef int Sum;
@@ -29,11 +38,13 @@ typedef float4 Sum4;
 constexpr int PRODUCT_ROWS = 64 * ROW_TILES * CONSUMERS;
 constexpr int ROWS = TURNED ? COLUMNS : PRODUCT_ROWS, TOKENS = TURNED ? PRODUCT_ROWS : COLUMNS;
 constexpr int FINISHED = COLUMNS / SPLIT;  // columns of a tile whose outputs a block finishes
-constexpr int OUT_COLUMNS = FINISHED < 32 ? FINISHED : 32;  // that a warp writes at a time, through shared memory:
-static_assert(FINISHED % OUT_COLUMNS == 0 && (OUT_COLUMNS >= 16 || !TURNED), "a warp writes outputs of whole runs of columns");
-// Bytes of a token's outputs there, 16 or OUT_COLUMNS of them; 16 more for the banks.
-constexpr int OUT_STRIDE = 2 * (TURNED ? OUT_COLUMNS : 16) + 16;
-constexpr int OUT_BYTES = (TURNED ? 16 : OUT_COLUMNS) * OUT_STRIDE;  // of a warp
+constexpr int OUT_COLUMNS = BULK_OUT && FINISHED % 64 == 0 ? 64 : FINISHED < 32 ? FINISHED : 32;  // of a run
+static_assert(FINISHED % OUT_COLUMNS == 0 && (OUT_COLUMNS >= 16 || !TURNED), "outputs are written in whole runs");
+static_assert(!BULK_OUT || !TURNED || OUT_COLUMNS == 64, "rows of a run have 128 bytes");
+// Bytes of a token's outputs there: 64 of them, swizzled; or a warp's, 16 or OUT_COLUMNS of them, and 16 more for the banks.
+constexpr int OUT_STRIDE = BULK_OUT ? 128 : 2 * (TURNED ? OUT_COLUMNS : 16) + 16;
+constexpr int RUN_BYTES = (TURNED ? (BULK_OUT ? 64 : 16) : OUT_COLUMNS) * OUT_STRIDE;  // of a warpgroup, or of a warp
+constexpr int OUT_BYTES = (BULK_OUT ? OUT_BUFFERS : 4) * RUN_BYTES;  // of a warpgroup
 
 // How the copy engine finds boxes of TOKENS x 64 activations (loader.tensor_map).
 struct alignas(64) TensorMap {
@@ -46,16 +57,21 @@ struct Tile {
     int row, token;
 };
 
-// The SPLIT blocks that share tiles are a team.
-__device__ __forceinline__ int member() { return blockIdx.x % SPLIT; }
-__device__ __forceinline__ int team() { return blockIdx.x / SPLIT; }
-__device__ __forceinline__ int teams() { return gridDim.x / SPLIT; }
-__device__ __forceinline__ int row_tiles(const Arguments &a) { return (a.n + ROWS - 1) / ROWS; }
+// The SPLIT blocks that share a tile, and those of the tiles beside it, are a team.
+constexpr int TEAM = SPLIT * CLUSTER;
+__device__ __forceinline__ int rank() { return blockIdx.x % CLUSTER; }
+__device__ __forceinline__ int member() { return blockIdx.x / CLUSTER % SPLIT; }
+__device__ __forceinline__ int team() { return blockIdx.x / TEAM; }
+__device__ __forceinline__ int teams() { return gridDim.x / TEAM; }
+// A block that has to do with the same tiles as this one.
+__device__ __forceinline__ int block_of(int team, int member = 0) { return (team * SPLIT + member) * CLUSTER + rank(); }
+__device__ __forceinline__ int row_tiles(const Arguments &a) { return (a.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS); }
 
+// This block's of a team's tile. The rows of a cluster's last may all be beyond those of W.
 __device__ __forceinline__ Tile tile_at(const Arguments &a, int tile) {
     const int rows = row_tiles(a), token_tiles = (a.m + TOKENS - 1) / TOKENS;
     const int band = tile / (8 * rows), width = min(8, token_tiles - 8 * band), inside = tile - band * 8 * rows;
-    return {inside / width * ROWS, (8 * band + inside % width) * TOKENS};
+    return {(inside / width * CLUSTER + rank()) * ROWS, (8 * band + inside % width) * TOKENS};
 }
 
 // A part of a tile: steps [begin, end) of K.
@@ -132,10 +148,14 @@ __device__ __forceinline__ void write_eight(const Arguments &a, int token, int n
     }
 }
 
-// The sums of a warp, 16 rows of the products by FINISHED columns, become outputs, OUT_COLUMNS columns at a time: through
-// `buffer` in shared memory, so that they are written 16 bytes at a time.
-__device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc, int first_row, int first_column, u32 buffer) {
-    const int lane = threadIdx.x % 32, quad = lane % 4;
+// The sums of a warp, 16 rows of the products by FINISHED columns, become outputs; `buffer` in shared memory is its
+// warpgroup's, all of which comes here.
+__device__ __forceinline__ void write_outputs(const Arguments &a, const TensorMap &map, const Sum *acc, int group, int first_row,
+                                              int first_column, u32 buffer) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, quad = lane % 4;
+    const bool leads = threadIdx.x % 128 == 0;
+    // Outputs that the second level cache could not hold leave it first, and activations stay (createpolicy's encoding).
+    const u64 keeping = (long long)a.m * a.n > 8 << 20 ? 0x12F0000000000000 : 0x1000000000000000;
     // Of the two rows that a lane has, lane / 4 and that + 8, and of two columns.
     Finish outputs[2];
     float tokens[2];
@@ -150,6 +170,15 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc
 #pragma unroll
     for (int t = 0; t < FINISHED; t += OUT_COLUMNS) {
         if (first_column + t >= (TURNED ? a.n : a.m)) break;
+        const u32 run = buffer + (BULK_OUT ? t / OUT_COLUMNS % OUT_BUFFERS : warp) * RUN_BYTES;
+        if constexpr (BULK_OUT) {
+            // What lay there has been read.
+            if (leads) {
+                if (t == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+                else asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(OUT_BUFFERS - 1) : "memory");
+            }
+            group_barrier(group);
+        }
         // Two pairs of 8 x 8 matrices: rows 0..7 and 8..15 of eight columns, then of the next eight.
 #pragma unroll
         for (int j = 0; j < OUT_COLUMNS / 8; j += 2) {
@@ -167,8 +196,10 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc
                                                finish(a, v[1], outputs[TURNED ? 1 : h], tokens[TURNED ? h : 1]));
                 }
             }
-            const u32 to = TURNED ? buffer + lane % 16 * OUT_STRIDE + (j + lane / 16) * 16
-                                  : buffer + (8 * (j + lane / 16) + lane % 8) * OUT_STRIDE + lane / 8 % 2 * 16;
+            // The lane's token and piece of 16 bytes.
+            const int m = TURNED ? (BULK_OUT ? warp * 16 : 0) + lane % 16 : 8 * (j + lane / 16) + lane % 8;
+            const int piece = TURNED ? j + lane / 16 : (BULK_OUT ? 2 * warp : 0) + lane / 8 % 2;
+            const u32 to = run + m * OUT_STRIDE + (BULK_OUT ? piece ^ lane % 8 : piece) * 16;
             if constexpr (TURNED)
                 asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
                              "r"(words[2]), "r"(words[3]) : "memory");
@@ -179,17 +210,33 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const Sum *acc
                 asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(words[0]), "r"(words[1])
                              : "memory");
         }
+        if constexpr (BULK_OUT) {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            group_barrier(group);
+            if (leads) {
+                const int row = first_row, column = first_column + t;
+                asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;" ::
+                                 "l"(&map), "r"(TURNED ? column : row), "r"(TURNED ? row : column), "r"(run), "l"(keeping) : "memory");
+                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            }
+            continue;
+        }
         __syncwarp();
         constexpr int EIGHTS = TURNED ? OUT_COLUMNS / 8 : 2;  // of a token
 #pragma unroll
         for (int i = lane; i < 2 * OUT_COLUMNS; i += 32) {
             const int m = i / EIGHTS, n = i % EIGHTS;
-            const u32 from = buffer + m * OUT_STRIDE + n * 16;
+            const u32 from = run + m * OUT_STRIDE + n * 16;
             if constexpr (TURNED) write_eight(a, first_row + m, first_column + t + n * 8, from);
             else write_eight(a, first_column + t + m, first_row + n * 8, from);
         }
         __syncwarp();
     }
+}
+
+// A block's shared memory is in use until the copy engine has read it.
+__device__ __forceinline__ void wait_for_outputs() {
+    if constexpr (BULK_OUT) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Memory that blocks share: sums, and flags that tell of them.
@@ -199,9 +246,10 @@ struct Exchange {
 };
 
 // The sums `acc` of a piece, which a warpgroup is done with: left for another block, or added to those of others and written.
-// A warp's part begins at `first_row` and `first_column` of the products; `buffer` is its own, of OUT_BYTES.
-__device__ __forceinline__ void finish_piece(const Arguments &a, const Work &work, const Piece &piece, Sum (&acc)[ROW_TILES][COLUMNS / 2],
-                                             const Exchange &x, int group, int first_row, int first_column, u32 buffer) {
+// A warp's part begins at `first_row` and `first_column` of the products; `buffer` is the warpgroup's, of OUT_BYTES.
+__device__ __forceinline__ void finish_piece(const Arguments &a, const TensorMap &map, const Work &work, const Piece &piece,
+                                             Sum (&acc)[ROW_TILES][COLUMNS / 2], const Exchange &x, int group, int first_row,
+                                             int first_column, u32 buffer) {
     if constexpr (SPLIT > 1) {
         constexpr int QUARTETS = FINISHED / 8;
         Sum own[ROW_TILES][FINISHED / 2];
@@ -221,7 +269,7 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
         const int other = threadIdx.x % 128;
         if (other < SPLIT && other != member()) {
             raise(flag_at(x.flags, blockIdx.x, group, other), x.number);
-            wait_for(flag_at(x.flags, team() * SPLIT + other, group, member()), x.number);
+            wait_for(flag_at(x.flags, block_of(team(), other), group, member()), x.number);
         }
         group_barrier(group);
 #pragma unroll
@@ -229,7 +277,7 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
             Sum total[FINISHED / 2] = {};
 #pragma unroll
             for (int r = 0; r < SPLIT; r++) {
-                const Sum4 *from = sums_at(x.sums, team() * SPLIT + r, group) + member() * QUARTETS * 128;
+                const Sum4 *from = sums_at(x.sums, block_of(team(), r), group) + member() * QUARTETS * 128;
                 keep(from);
 #pragma unroll
                 for (int e = 0; e < QUARTETS; e++) {
@@ -238,7 +286,7 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
                     total[4 * e] += v.x, total[4 * e + 1] += v.y, total[4 * e + 2] += v.z, total[4 * e + 3] += v.w;
                 }
             }
-            write_outputs(a, total, first_row + 64 * i, first_column + member() * FINISHED, buffer);
+            write_outputs(a, map, total, group, first_row + 64 * i, first_column + member() * FINISHED, buffer);
         }
         return;
     }
@@ -258,14 +306,15 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
         constexpr int TOGETHER = ROW_TILES * COLUMNS <= 32 ? 4 : 1, QUARTETS = ROW_TILES * COLUMNS / 8;
         int first = team() - 1;
         while (first > 0 && work.first(first) > piece.tile * work.steps) first--;
-        for (int t = first + threadIdx.x % 128; t < team(); t += 128) wait_for(flag_at(x.flags, t, group, 0), x.number);
+        for (int t = first + threadIdx.x % 128; t < team(); t += 128)
+            wait_for(flag_at(x.flags, block_of(t), group, 0), x.number);
         group_barrier(group);
         for (int c = team() - 1; c >= first; c -= TOGETHER) {
             Sum4 v[TOGETHER][QUARTETS];
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++) {
                 const bool valid = TOGETHER == 1 || c - t >= first;
-                const Sum4 *from = sums_at(x.sums, valid ? c - t : c, group);
+                const Sum4 *from = sums_at(x.sums, block_of(valid ? c - t : c), group);
                 keep(from);
 #pragma unroll
                 for (int e = 0; e < QUARTETS; e++) v[t][e] = valid ? __ldcg(from + e * 128) : Sum4{0, 0, 0, 0};
@@ -280,5 +329,5 @@ __device__ __forceinline__ void finish_piece(const Arguments &a, const Work &wor
         }
     }
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) write_outputs(a, acc[i], first_row + 64 * i, first_column, buffer);
+    for (int i = 0; i < ROW_TILES; i++) write_outputs(a, map, acc[i], group, first_row + 64 * i, first_column, buffer);
 }

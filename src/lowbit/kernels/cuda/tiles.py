@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+from torch import Tensor
+
+from lowbit.kernels.cuda import loader
 from lowbit.kernels.problem import Problem
 
 # What a block may use, less what lies beside the rings (barriers and tables).
@@ -30,6 +33,7 @@ class Tiling:
         warpgroups: that multiply, 1 to 3.
         split: blocks that share the K of a tile: 1, 2, 4 or 8.
         turned: whether tokens are the rows and rows of W the columns, which else are the other way round.
+        cluster: blocks with tiles of the same tokens that bring these for each other: 1 or 2.
     """
 
     columns: int
@@ -39,6 +43,7 @@ class Tiling:
     warpgroups: int = 2
     split: int = 1
     turned: bool = False
+    cluster: int = 1
 
     @property
     def product_rows(self) -> int:
@@ -56,8 +61,8 @@ class Tiling:
         return self.product_rows if self.turned else self.columns
 
     def tiles(self, m: int, n: int) -> int:
-        """That cover `y (M, N)`."""
-        return -(-n // self.rows) * -(-m // self.tokens)
+        """That cover `y (M, N)`, of whole clusters."""
+        return -(-n // (self.cluster * self.rows)) * self.cluster * -(-m // self.tokens)
 
     def threads(self, beside: int = 1) -> int:
         """Of a block: the warpgroups that multiply, and those `beside` them."""
@@ -75,17 +80,52 @@ class Tiling:
         pool = self.registers_at_launch(len(beside)) * (self.warpgroups + len(beside))
         return min(240, (pool - sum(beside)) // self.warpgroups // 8 * 8)
 
+    def resident(self, sms: int) -> int:
+        """Blocks that a GPU with `sms` multiprocessors holds at once, in whole clusters."""
+        return sms // self.cluster * self.cluster * self.blocks
+
+    @property
+    def output_buffers(self) -> int:
+        """Runs of outputs of a warpgroup in shared memory: one is filled while the one before is written."""
+        return 1 if self.blocks > 1 else 2
+
+    @property
+    def run(self) -> int:
+        """Columns of a run of 64 rows of outputs that the copy engine writes at once."""
+        finished = self.columns // self.split
+        return 64 if finished % 64 == 0 else min(finished, 32)
+
     @property
     def output_bytes(self) -> int:
-        """Of shared memory, through which warps write."""
+        """Of shared memory, through which warpgroups or, where y has odd rows, warps write."""
         at_once = min(self.columns // self.split, 32)
-        return 4 * self.warpgroups * (16 * (2 * at_once + 16) if self.turned else at_once * 48)
+        bulk = self.output_buffers * 128 * (64 if self.turned else self.run)
+        return self.warpgroups * max(bulk, 4 * (16 * (2 * at_once + 16) if self.turned else at_once * 48))
+
+    def writes_bulk(self, n: int) -> bool:
+        """Whether the copy engine writes outputs `(M, n)`: rows begin at multiples of 16 bytes, runs have 128.
+
+        Where blocks share a tile, outputs are few and the last thing that happens: warps write them sooner.
+        """
+        return n % 8 == 0 and self.split == 1 and (not self.turned or self.run == 64)
+
+    def output_map(self, y: Tensor) -> loader.TensorMap:
+        """How it writes them."""
+        m, n = y.shape
+        if not self.writes_bulk(n):
+            return _NO_MAP
+        return loader.tensor_map(y.data_ptr(), m, n, 64 if self.turned else self.run)
+
+    def output_defines(self, n: int) -> loader.Defines:
+        """The constants of tiles.cuh that follow from it."""
+        return (("BULK_OUT", int(self.writes_bulk(n))), ("OUT_BUFFERS", self.output_buffers))
 
     def __str__(self) -> str:
         cut = " cut" if self.cut else ""
         split = f" split {self.split}" if self.split > 1 else ""
-        turned = " turned" if self.turned else ""
-        return f"{self.rows}x{self.tokens}{turned}{cut}{split} warpgroups {self.warpgroups} blocks {self.blocks}"
+        cluster = f" cluster {self.cluster}" if self.cluster > 1 else ""
+        tile = f"{self.rows}x{self.tokens}" + (" turned" if self.turned else "")
+        return f"{tile}{cut}{split}{cluster} warpgroups {self.warpgroups} blocks {self.blocks}"
 
 
 class Exchange(ctypes.Structure):
@@ -110,12 +150,14 @@ class Shares(NamedTuple):
 _launches = itertools.count(secrets.randbits(62) + 1)
 
 
+_NO_MAP = loader.TensorMap()
+
 T = TypeVar("T", bound=Tiling)
 
 
 def fastest(tilings: Iterable[T], cycles: Callable[[T], float], m: int, n: int, sms: int) -> T:
     """The instance of the least `cycles`. Blocks that share tiles wait for each other, and so belong in one wave."""
-    return min((c for c in tilings if c.split == 1 or c.tiles(m, n) * c.split <= sms * c.blocks), key=cycles)
+    return min((c for c in tilings if c.split == 1 or c.tiles(m, n) * c.split <= c.resident(sms)), key=cycles)
 
 
 def why_not_hopper(problem: Problem) -> str | None:
@@ -125,8 +167,8 @@ def why_not_hopper(problem: Problem) -> str | None:
     return None
 
 
-def shares(c: Tiling, m: int, n: int, steps: int, sms: int) -> Shares:
-    """For `steps` of K and a GPU with `sms` multiprocessors.
+def shares(c: Tiling, m: int, n: int, steps: int, resident: int) -> Shares:
+    """For `steps` of K and a GPU that holds `resident` blocks at once.
 
     Raises:
         ValueError: there are fewer steps than blocks that are to share them.
@@ -135,7 +177,7 @@ def shares(c: Tiling, m: int, n: int, steps: int, sms: int) -> Shares:
         raise ValueError(f"K has {steps} steps, too few for {c.split} blocks to share")
     tiles, units = c.tiles(m, n), steps if c.cut else 1
     # A block that shares a tile along K has no other.
-    blocks = tiles * c.split if c.split > 1 else min(tiles * units, sms * c.blocks)
+    blocks = tiles * c.split if c.split > 1 else min(tiles * units, resident)
     if not c.cut and c.split == 1:
         return Shares(blocks, 0, 0)
     return Shares(blocks, 4 * blocks * c.rows * c.tokens, 8 * blocks * c.warpgroups * c.split)

@@ -6,18 +6,21 @@
 // lanes own STEP consecutive weights. `pack_x` lays the activations out in that order, pair by pair, as images of shared
 // memory, and bulk copies bring them there; weights are neither packed nor shuffled and are read once. Or, where OWN_ORDER,
 // activations come as they are, through a tensor map: decoding takes one instruction more per pair, and no kernel is
-// needed ahead.
+// needed ahead. The blocks of a cluster bring a part of the activations each, to all of them: bringing all to every block takes
+// as long as the second level cache needs for it, where tokens are few, and a tenth of the GPU's power, where they are many.
 //
 // While the tensor cores multiply some steps of 16 weights, the next is decoded into other registers. Copies for the next
 // tile are under way while a warp writes its outputs, and warpgroups drift apart, so that one multiplies while another
 // writes. tiles.cuh says which tiles a block has.
 //
 // Compiled with -D beyond those of decode.cuh and tiles.cuh: OWN_ORDER, X_OCTETS (per stage of activations), X_STAGES,
-// W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)`
+// W_STAGES, MIN_BLOCKS, PRODUCER_REGS,
+// CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)`
 // for TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images, if there are any.
 
 #include "decode.cuh"
 #include "tiles.cuh"
+#include "cluster.cuh"
 #include "early.cuh"
 
 constexpr int THREADS = 128 * (1 + CONSUMERS);
@@ -30,6 +33,8 @@ constexpr int W_BYTES = ROWS * 4 * (16 + TWO + ONE);
 constexpr int PIECES = OWN_ORDER ? 4 / BATCHES : 2;  // of 16 bytes of a row, per batch
 constexpr int STEP_SCALES = OWN_ORDER && SCALE_MODE == PER_CHUNK && GROUP < STEP ? STEP / GROUP : SCALES;  // that a lane needs
 constexpr int W_THREADS = 64;  // of the producers, the others bring activations
+constexpr int SHARE = TOKENS / CLUSTER;  // of the tokens, that a block brings to its cluster
+constexpr u16 ALL_BLOCKS = (1 << CLUSTER) - 1;
 // Groups of whole steps multiply fp32 sums where these are few; else scales multiply the decoded pairs.
 constexpr bool SUMS = SCALE_MODE == PER_STEP;
 
@@ -43,6 +48,37 @@ __device__ __forceinline__ void copy_plane(u32 to, const u8 *from, const u32 (&r
 
 // Sixteen bytes of every row are moved so that eight rows can be read at a time, where lanes share what they read.
 __device__ __forceinline__ int moved_piece(int row, int piece) { return OWN_ORDER ? piece ^ row / 2 % 4 : piece; }
+
+// Activations for all blocks of the cluster, each of which counts the bytes: SHARE tokens and 64 of K from a matrix, or images.
+__device__ __forceinline__ void bring(u32 to, u32 bar, const TensorMap &map, int k, int token) {
+#if CLUSTER > 1
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map), "r"(k), "r"(token), "r"(bar), "h"(ALL_BLOCKS) : "memory");
+#else
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+                     "r"(to), "l"(&map), "r"(k), "r"(token), "r"(bar) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void bring(u32 to, u32 bar, const u8 *images) {
+#if CLUSTER > 1
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+                     "r"(to), "l"(images), "n"(X_BYTES / CLUSTER), "r"(bar), "h"(ALL_BLOCKS) : "memory");
+#else
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(images),
+                 "n"(X_BYTES), "r"(bar) : "memory");
+#endif
+}
+
+// A warp is done with a stage of activations: every block of the cluster hears of it from a lane of its own, for which
+// `bar` is that block's barrier.
+__device__ __forceinline__ void leave_stage(u32 bar, int lane) {
+#if CLUSTER > 1
+    if (lane < CLUSTER) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+#else
+    if (lane == 0) arrive_barrier(bar);
+#endif
+}
 
 // `chunk` counts the four chunks of every row of the stage.
 __device__ __forceinline__ void read_chunk(Chunk &c, u32 stage, u32 chunk) {
@@ -73,8 +109,13 @@ extern "C" __global__ void __launch_bounds__(256) pack_x(const u16 *x, uint4 *im
     images[i] = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+#if CLUSTER > 1
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS)
+#else
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap map, const Exchange exchange, int cut) {
+#endif
+wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap y_map,
+             const Exchange exchange, int cut) {
     extern __shared__ u8 memory[];
     __shared__ alignas(8) u64 barriers[2 * X_STAGES + 2 * W_STAGES];
     __shared__ u32 tables[TABLE_WORDS];
@@ -87,11 +128,13 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
               w_empty = w_full + 8 * W_STAGES;
     const u32 table = fill_table(tables, a);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < X_STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 4 * CONSUMERS);
+        for (int i = 0; i < X_STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 4 * CONSUMERS * CLUSTER);
         for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, W_THREADS), barrier_init(w_empty + 8 * i, 4 * CONSUMERS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    arrive_cluster();
+    wait_cluster();
 
     Work work(a, (a.k + STEP - 1) / STEP, cut);
     Piece piece;
@@ -106,7 +149,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
             constexpr int COUNT = ROWS * 4 / W_THREADS;
             const int chunk = threadIdx.x % 4, place = moved_piece(threadIdx.x / 4, chunk) - chunk;
             while (work.next(piece)) {
-                const int first_row = tile_at(a, piece.tile).row;
+                const int first_row = min(tile_at(a, piece.tile).row, a.n - 1);
                 u32 rows[COUNT], rows2[COUNT], rows1[COUNT];
 #pragma unroll
                 for (int i = 0; i < COUNT; i++) {
@@ -144,12 +187,10 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
                     if constexpr (OWN_ORDER) {
 #pragma unroll
                         for (int i = 0; i < X_OCTETS / 2; i++)
-                            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                                         "[%0], [%1, {%2, %3}], [%4];" ::"r"(to + i * IMAGE_BYTES), "l"(&map),
-                                         "r"((stage * (X_OCTETS / 2) + i) * 64), "r"(token), "r"(bar) : "memory");
+                            bring(to + i * IMAGE_BYTES + rank() * SHARE * 128, bar, map, (stage * (X_OCTETS / 2) + i) * 64,
+                                  token + rank() * SHARE);
                     } else {
-                        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                                     "l"(images), "n"(X_BYTES), "r"(bar) : "memory");
+                        bring(to + rank() * (X_BYTES / CLUSTER), bar, images + rank() * (X_BYTES / CLUSTER));
                         images += X_BYTES;
                     }
                     if (++slot == X_STAGES) slot = 0, phase ^= 1;
@@ -163,6 +204,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
         keep(own_chunk);
         const int moved = moved_piece(lane / 4, 0);
         const u32 select = selector();
+        const u32 left = shared_of(empty, lane % CLUSTER);
         int slot = 0, w_slot = 0;
         u32 phase = 0, w_phase = 0;
         // Where blocks leave sums and flags, the kernel before may still have something else.
@@ -287,9 +329,7 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
                     if (OWN_ORDER && batch + 1 < BATCHES) read_weights(batch + 1);
                     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                     // The batch before is done; with it, at the start of a stage, the stage before.
-                    if (place == 0 && (batch > 0 || step > begin)) {
-                        if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
-                    }
+                    if (place == 0 && (batch > 0 || step > begin)) leave_stage(left + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1), lane);
                     if (place == 2 * X_OCTETS - BATCH && ++slot == X_STAGES) slot = 0, phase ^= 1;
                 }
                 if (step + 1 < end) read_weights(0);  // while the last products are under way
@@ -298,11 +338,15 @@ wgmma_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Tensor
                     for (int i = 0; i < ROW_TILES; i++) part_scale[i][0] = sum_scale[i][0], part_scale[i][1] = sum_scale[i][1];
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (lane == 0) arrive_barrier(empty + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1));
+            leave_stage(left + 8 * (slot == 0 ? X_STAGES - 1 : slot - 1), lane);
             if constexpr (SUMS) add_part();
-            const u32 buffer = out + (threadIdx.x / 32 - 4) * OUT_BYTES;
             const int first_row = at.row + base_row - lane / 4;
-            finish_piece(a, work, piece, acc, exchange, group, first_row, at.token, buffer);
+            finish_piece(a, y_map, work, piece, acc, exchange, group, first_row, at.token, out + group * OUT_BYTES);
         }
+        wait_for_outputs();
     }
+    // No block goes while another may still tell it of a stage.
+    __syncwarp();
+    arrive_cluster();
+    wait_cluster();
 }

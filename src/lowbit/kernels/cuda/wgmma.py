@@ -122,6 +122,7 @@ def constants(fmt: Format, c: Config) -> loader.Defines | str:
         "COLUMNS": c.columns, "ROW_TILES": c.row_tiles, "MIN_BLOCKS": c.blocks, "X_STAGES": rings.x,
         "X_OCTETS": rings.x_octets, "CONSUMERS": c.warpgroups, "W_STAGES": rings.w,
         "PRODUCER_REGS": producer, "CONSUMER_REGS": consumer, "SPLIT": c.split, "OWN_ORDER": int(c.own_order),
+        "CLUSTER": c.cluster,
     }  # fmt: skip
     return tuple(sorted(found.items()))
 
@@ -134,35 +135,42 @@ def candidates(fmt: Format, m: int, k: int) -> tuple[Config, ...]:
     orders = (False,) if decode.cost(fmt, own_order=True) is None else (True, False)
     # Three warpgroups fit 6144 rows (queries, keys and values) better than two.
     shapes = ((1, 2), (2, 2), (1, 3))
+    # Clusters save power and bytes from the second level cache, neither of which fewer tokens are short of.
+    clusters = (1, 2) if m > 256 else (1,)
     return tuple(
-        c for t, (row_tiles, groups), blocks, (cut, split), own in product(sizes, shapes, (1, 2), ways, orders)
+        c for t, (row_tiles, groups), blocks, (cut, split), own, cluster
+        in product(sizes, shapes, (1, 2), ways, orders, clusters)
         if (blocks == 1 or (t <= 32 and groups == 2)) and (groups == 2 or 64 <= t <= 128)
         and (split == 1 or (split * 8 <= t and split * 4 * decode.chunk(fmt) <= k))
-        and not isinstance(constants(fmt, c := Config(t, row_tiles, cut, blocks, groups, split, own_order=own)), str)
+        and (cluster == 1 or (t == 256 and split == 1 and (own or not cut)))
+        and not isinstance(
+            constants(fmt, c := Config(t, row_tiles, cut, blocks, groups, split, cluster=cluster, own_order=own)), str
+        )
     )  # fmt: skip
 
 
 @cache
 def config_for(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
-    """The instance that a model of the time finds fastest; its constants fit measurements on an H100."""
+    """The instance that a model of the time finds fastest; its constants fit measurements on an H100 and an H200."""
 
     def cycles(c: Config) -> float:
         """Of a multiprocessor."""
-        # A step of 128 weights takes the time of decoding, or of products and some of the decoding beside them.
+        # A step of 128 weights takes the time of decoding, or of products and most of the decoding beside them.
         # One warpgroup by itself decodes at less than half of the speed.
         decoding = 305 * (decode.cost(fmt, c.own_order) or 1)
         all_rows, multiply = decoding * c.rows / 64, c.rows * c.tokens / 16
-        step = max(2.3 * decoding * c.row_tiles, c.blocks * max(all_rows, 0.95 * multiply + 0.57 * all_rows))
+        step = max(2.45 * decoding * c.row_tiles, c.blocks * max(all_rows, 0.955 * multiply + 0.81 * all_rows))
+        step *= 1 if c.cluster == 1 else 0.92
         waves, all_steps = c.tiles(m, n) * c.split / (sms * c.blocks), k / 128 / c.split * step
         memory = fmt.nbytes(n, k) / sms / 11.7
-        ahead = 0 if c.own_order else 3500 + 0.0026 * m * k
+        ahead = 0 if c.own_order else 4000 + 0.0035 * m * k
         if c.cut:
             # Sums go to memory and come back, one block after the other; and blocks that are at different places of K
             # share no cache, which matters where activations do not fit into it, and more often in many waves.
-            far = 1.15 if 2 * m * k > 40 << 20 else 1.02 if waves > 6 else 1
-            return ahead + max(memory, waves * all_steps * far) + 9700 + 0.3 * c.rows * c.tokens
-        exchange = 3750 + 0.18 * c.rows * c.tokens if c.split > 1 else 0
-        return ahead + max(memory, math.ceil(waves) * (all_steps + 600) + exchange)
+            far = 1.18 if 2 * m * k > 40 << 20 else 1.06 if waves > 6 else 1
+            return ahead + max(memory, waves * all_steps * far) + 10000 + 0.445 * c.rows * c.tokens
+        exchange = 2000 + 0.34 * (1 - 1 / c.split) * c.rows * c.tokens if c.split > 1 else 0
+        return ahead + max(memory, math.ceil(waves) * (all_steps + 350) + exchange)
 
     return fastest(candidates(fmt, m, k), cycles, m, n, sms)
 
@@ -201,18 +209,20 @@ def describe(problem: Problem) -> str:
 
 def sources(problem: Problem, sms: int) -> list[loader.Source]:
     """What is compiled for a problem on a GPU with `sms` multiprocessors."""
-    return [source(problem.weight, _config(problem.weight, problem.m, problem.n, problem.k, sms), problem.dtype)]
+    c = _config(problem.weight, problem.m, problem.n, problem.k, sms)
+    return [source(problem.weight, c, problem.n, problem.dtype)]
 
 
 def _config(fmt: Format, m: int, n: int, k: int, sms: int) -> Config:
     return INVARIANT if is_batch_invariant() else config_for(fmt, m, n, k, sms)
 
 
-def source(fmt: Format, c: Config, dtype: torch.dtype) -> loader.Source:
-    """What is compiled for an instance."""
+def source(fmt: Format, c: Config, n: int, dtype: torch.dtype) -> loader.Source:
+    """What is compiled for an instance and layers of `n` rows."""
     defines = constants(fmt, c)
     assert not isinstance(defines, str), defines
-    return loader.Source("wgmma.cu", (*defines, ("FP16", int(dtype == torch.float16))), instruction(c.tokens, dtype))
+    more = *c.output_defines(n), ("FP16", int(dtype == torch.float16))
+    return loader.Source("wgmma.cu", (*defines, *more), instruction(c.tokens, dtype))
 
 
 def wgmma(
@@ -278,15 +288,17 @@ class Plan(NamedTuple):
     ) -> None:
         """Launch for tensors as `decode.fill` takes them."""
         frame, c, (m, _, k) = self.frames.take(), self.config, self.sizes
-        a, _, exchange, _ = frame.arguments
+        a, _, _, exchange, _ = frame.arguments
         _keep = decode.fill(frame, x, y, planes, self.spec, self.sizes, bias, row_scale)
         work = torch.empty(self.images + self.shares.sums + self.shares.flags, dtype=torch.uint8, device=x.device)
         at = work.data_ptr()
         self.shares.fill(exchange, at + self.images)
+        y_map = c.output_map(y.view(m, -1))
+        frame.parameters[2] = ctypes.addressof(y_map)
         with on_device(x):
             capturing = torch.cuda.is_current_stream_capturing()
             if self.pack is None:
-                tensor_map = loader.tensor_map(a.x, m, k, c.tokens)
+                tensor_map = loader.tensor_map(a.x, m, k, c.tokens // c.cluster)
                 frame.parameters[1] = ctypes.addressof(tensor_map)
             else:
                 packing = self.pack_frames.take()
@@ -303,11 +315,11 @@ class Plan(NamedTuple):
 def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: torch.dtype) -> Plan:
     step = 4 * decode.chunk(fmt)
     steps = -(-k // step)
-    parts = shares(c, m, n, steps, multiprocessors(torch.device("cuda", device)))
     images = 0 if c.own_order else 2 * -(-m // c.tokens) * c.tokens * steps * step
-    code, shared = source(fmt, c, dtype), stages(fmt, c).shared
+    code, shared = source(fmt, c, n, dtype), stages(fmt, c).shared
     pack = None if c.own_order else loader.load(code, "pack_x", device)
     kernel = loader.load(code, "wgmma_kernel", device)
+    parts = shares(c, m, n, steps, kernel.resident(c.threads(), shared, c.cluster) * c.cluster)
     number, pointer = ctypes.c_int, ctypes.c_void_p
 
     def pack_frame() -> loader.Frame:
@@ -316,7 +328,8 @@ def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: to
         return loader.Frame(-(-images // 4096), 256, 0, (pointer(), pointer(), number(m), number(k), number(of_tile)))
 
     def frame() -> loader.Frame:
-        arguments = decode.Arguments(), loader.TensorMap(), Exchange(), number(int(c.cut))
+        maps = loader.TensorMap(), loader.TensorMap()
+        arguments = decode.Arguments(), *maps, Exchange(), number(int(c.cut))
         return loader.Frame(parts.blocks, c.threads(), shared, arguments)
 
     frames = loader.Frames(pack_frame), loader.Frames(frame)
