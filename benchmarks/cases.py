@@ -22,7 +22,7 @@ from torch import Tensor
 from lowbit import QuantizedTensor
 from lowbit.formats import Format, parse_format
 from lowbit.tools.bench_linear import LAYERS
-from lowbit.tools.timing import copies_for, floor_us, median_us
+from lowbit.tools.timing import copies_for, floor_us, hold_for, median_us
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Case:
     @property
     def m(self) -> int:
         return self.x.shape[0]
+
+    @property
+    def hold(self) -> float:
+        """Seconds that what multiplies so many tokens is held before it is timed."""
+        return hold_for(self.m, self.x.device)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def cases(args: argparse.Namespace, device: str = "cuda") -> Iterator[Case]:
                 print(f"out of time: {layer} {spec} M = {m} and what follows are left out")
                 break
             x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-            bf16 = median_us([partial(F.linear, x, w) for w in dense])
+            bf16 = median_us([partial(F.linear, x, w) for w in dense], hold=hold_for(m, x.device))
             yield Case(layer, spec, fmt, parse_format(act) if act else None, x, weights, bf16, floor)
 
 

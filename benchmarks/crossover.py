@@ -52,7 +52,7 @@ def main() -> int:
     rows = []
     for case in cases(args):
         us = {
-            kernel: median_us([partial(run_of(kernel, case.format), case.x, w) for w in case.weights])
+            kernel: median_us([partial(run_of(kernel, case.format), case.x, w) for w in case.weights], hold=case.hold)
             for kernel, (least, most) in RANGES.items() if least <= case.m <= most
         }  # fmt: skip
         rows.append(case.row | {"us": us})

@@ -3,7 +3,8 @@
     python benchmarks/tune_tiles.py --out benchmarks/results/NAME.json
     python benchmarks/tune_tiles.py --kernel cuda_scaled_mm --formats int8:row+int8:row,int4:g128+int8:row --out ...
 
-Weights rotate through more than the L2 cache, one CUDA graph per variant, medians. The constants of the models in
+Weights rotate through more than the L2 cache, one CUDA graph per variant, medians; from 512 tokens on variants are held
+(lowbit.tools.timing). The constants of the models in
 `wgmma.config_for` and `scaled_mm.config_for` were fitted to such runs. `cuda_scaled_mm` multiplies random codes, next
 to the kernels that would run in its place.
 """
@@ -129,7 +130,7 @@ def main() -> int:
 
 
 def median(case: Case, run: Run) -> float:
-    return median_us([partial(run, case.x, w) for w in case.weights])
+    return median_us([partial(run, case.x, w) for w in case.weights], hold=case.hold)
 
 
 if __name__ == "__main__":

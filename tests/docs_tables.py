@@ -203,6 +203,38 @@ def h200_batches_rows() -> list[Cells]:
     return [(f"`{config}`", *(cells.get(b, "") for b in (1, 16, 64, 128))) for config, cells in found.items()]
 
 
+def energy_rows() -> list[Cells]:
+    """Of `energy.py`: what a product costs in a long run."""
+    rows: list[Cells] = []
+    for r in newest("h200_*_energy.json")[1]["rows"]:
+        for name in ("bf16", "cuda_wgmma", "triton_chunked"):
+            cost = r[name]
+            over = f"{r['bf16']['us'] / cost['us']:.2f}"
+            numbers = (f"{cost[k]:.0f}" for k in ("mj", "watts", "mhz"))
+            rows.append((f"`{r['format']}`", r["layer"], str(r["m"]), f"`{name}`", f"{cost['us']:.0f}", over, *numbers))
+    return rows
+
+
+def held_rows() -> list[Cells]:
+    """Of `lowbit bench linear` from 512 tokens on: microseconds of weight-only layers, over bf16."""
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for r in newest("h200_*_linear_held.json")[1]["records"]:
+        if r["provider"] == "lowbit":
+            rows.setdefault((r["weight"], r["m"]), {})[r["layer"]] = f"{r['us']:.1f} ({r['speedup']:.2f})"
+    return [
+        (f"`{weight}`", str(m), *(cells[layer] for layer in ("gate_up", "down", "qkv", "o")))
+        for (weight, m), cells in rows.items()
+    ]
+
+
+def decode_attention_rows() -> list[Cells]:
+    """Of `decode_attention.py`: microseconds of both kernels, and of a read of the cache."""
+    return [
+        (str(r["batch"]), str(r["held"]), str(r["tokens"]), *(f"{r[k]:.1f}" for k in ("triton_us", "us", "read_us")))
+        for r in newest("h200_*_decode_attention.json")[1]["rows"]
+    ]
+
+
 def h200_tuned_rows() -> list[Cells]:
     """Of `tune_tiles.py --kernel cuda_scaled_mm`: the fastest instance beside what runs in its place otherwise."""
     rows: dict[tuple[str, str, int], Cells] = {}
@@ -685,6 +717,13 @@ TABLES = {
         lambda: codes_rows("h200"),
     ),
     "h200 batches": Table("docs/measured.md", ("config", "1 sequence", "16", "64", "128"), h200_batches_rows),
+    "energy": Table(
+        "docs/measured.md", ("weight", "layer", "M", "kernel", "us", "over bf16", "mJ", "W", "MHz"), energy_rows
+    ),
+    "held": Table("docs/measured.md", ("weight", "tokens", "gate_up", "down", "qkv", "o"), held_rows),
+    "decode attention": Table(
+        "docs/measured.md", ("sequences", "held", "new tokens", "Triton", "CUDA C++", "read"), decode_attention_rows
+    ),
     "host time": Table(
         "docs/measured.md",
         ("config", "M", "before, us", "now, us", "another host, us", "a third host, quantized in CUDA C++"),

@@ -329,6 +329,32 @@ def test_tiles_are_cut_where_they_do_not_fill_the_blocks() -> None:
     assert wgmma.config_for(fmt, 4096, 28672, 4096, 132).tokens == 256
 
 
+def test_clusters_are_whole_and_for_many_tokens() -> None:
+    fmt = parse_format("int4:g128")
+    assert Tiling(256, cluster=2).tiles(512, 388) == 2 * 4  # two pairs of blocks cover 388 rows, the last has none
+    assert Tiling(256, cluster=2).resident(133) == 132
+    assert wgmma.config_for(fmt, 2048, 28672, 4096, 132).cluster == 2
+    assert all(c.cluster == 1 for c in wgmma.candidates(fmt, 256, 4096))
+
+
+def test_the_copy_engine_writes_what_it_can() -> None:
+    assert Tiling(256).writes_bulk(392)
+    assert not Tiling(256).writes_bulk(388)  # rows of y begin at multiples of 8 bytes
+    assert not Tiling(256, split=2).writes_bulk(392)
+    assert Tiling(128, turned=True).writes_bulk(392)
+    assert not Tiling(160, turned=True).writes_bulk(392)  # no whole runs of 64
+
+
+@pytest.mark.parametrize("own_order", [False, True])
+def test_activations_go_to_all_blocks_of_a_cluster(own_order: bool) -> None:
+    code = instructions(
+        wgmma_code(parse_format("int4:g128"), Config(256, cluster=2, own_order=own_order)), "wgmma_kernel"
+    )
+    assert any(("UTMALDG.2D.MULTICAST" if own_order else "UBLKCP.S.G.MULTICAST") in line for line in code)
+    assert any("UTMASTG.2D" in line for line in code)
+    assert_in_registers(code, "HGMMA")
+
+
 @each_format
 def test_the_smallest_layer_has_an_instance_and_needs_no_copy(fmt: Format) -> None:
     """Rows of one chunk: those of the narrower planes are 4 or 8 bytes apart."""
@@ -541,12 +567,13 @@ def test_conditions(changes: dict[str, object], reason: str) -> None:
         ({"k": 4096 + 16}, "no multiple of the 32 weights"),
         ({"act": "float8_e4m3:g128"}, "change along K"),
         ({"m": 32, "format": "int8:row"}, "below 33, where another kernel is faster"),
-        ({"m": 4097}, "above 4096, where dequantizing in chunks is faster"),
+        ({"m": 4097, "format": "nf4:g64"}, "above 4096, where dequantizing in chunks is faster"),
     ],
 )
 def test_conditions_for_matrix_units(changes: dict[str, object], reason: str) -> None:
     base = {"m": 128, "n": 4096, "k": 4096, "format": "int4:g128", "act": "", "dtype": torch.bfloat16, "device": "cuda"}
-    assert wgmma.why_not(Problem(**base, arch=HOPPER)) is None  # type: ignore[arg-type]
+    for m in (128, 100_000):
+        assert wgmma.why_not(Problem(**(base | {"m": m}), arch=HOPPER)) is None  # type: ignore[arg-type]
     assert reason in (wgmma.why_not(Problem(**(base | {"arch": HOPPER} | changes))) or "")  # type: ignore[arg-type]
 
 

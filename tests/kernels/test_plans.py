@@ -290,7 +290,7 @@ def test_activations_are_quantized_before(kernels: dict[str, Noting], weight: st
         assert (first.x, first.m, first.k) == (x.data_ptr(), m, K)
         assert first.given == (None if scale is None else scale.data_ptr())
         assert second.x == first.operand or file == "wgmma.cu"
-        assert first.scales == (second.frame.arguments[4].value if "g128" in act else second.row_scale)
+        assert first.scales == (second.frame.arguments[5].value if "g128" in act else second.row_scale)
     assert len({id(launch.frame) for launch in kernels["act_quant.cu"].launches}) == 1
 
 

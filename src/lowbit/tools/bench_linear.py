@@ -246,8 +246,10 @@ def _row(
         partials[provider] = record
     if LOWBIT in turns:
         partials[LOWBIT] = _judged(plan, partials[LOWBIT], scheme, variants[LOWBIT].functions[0], x)
-    hold = timing.hold_for(x.shape[0], plan.device)
-    timings = timing.take_turns({FLOOR: floor, **turns}, plan.rounds, hold=hold)
+    if hold := timing.hold_for(x.shape[0], plan.device):
+        timings = timing.take_turns({FLOOR: floor}, plan.rounds) | timing.take_turns(turns, plan.rounds, hold=hold)
+    else:
+        timings = timing.take_turns({FLOOR: floor, **turns}, plan.rounds)
     for provider, found in timings.items():
         if isinstance(found, Exception):
             _check_alive(plan, f"{provider}: {reason_of(found)}")

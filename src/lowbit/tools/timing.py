@@ -138,12 +138,14 @@ def hold_for(tokens: int, device: torch.device) -> float:
     return HOLD_SECONDS if tokens >= HELD_FROM and device.type == "cuda" else 0.0
 
 
-def median_us(calls: Sequence[Call], rounds: int = ROUNDS) -> float:
+def median_us(calls: Sequence[Call], rounds: int = ROUNDS, hold: float = 0.0) -> float:
     """Median time of one call of a single variant on the GPU, for programs that compare instances of one kernel."""
     device = torch.device("cuda")
     warm_up(calls[:2], device)
-    turn = turn_of(calls, device)
-    return statistics.median(turn() for _ in range(rounds))
+    (found,) = take_turns({"": turn_of(calls, device)}, rounds, hold=hold).values()
+    if isinstance(found, Exception):
+        raise found
+    return found.us
 
 
 # The floor ---------------------------------------------------------------------------------------

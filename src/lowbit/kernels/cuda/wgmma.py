@@ -195,10 +195,8 @@ def why_not(problem: Problem) -> str | None:
         least = 33 if isinstance(fmt.element, IntElement) else 17
         if small_m.is_cheap(fmt) and fmt.element.bits == 8 and problem.m < least:
             return f"M = {problem.m} is below {least}, where another kernel is faster for this format"
-        # Tables and small floats take longest to decode.
-        most = 4095 if (decode.cost(fmt, own_order=True) or 0) > 2.05 else 4096
-        if problem.m > most:
-            return f"M = {problem.m} is above {most}, where dequantizing in chunks is faster"
+        if problem.m > 4096 and (decode.cost(fmt, own_order=True) or math.inf) > 1.2:
+            return f"M = {problem.m} is above 4096, where dequantizing in chunks is faster for this format"
     return loader.missing()
 
 
