@@ -3,10 +3,10 @@
     python benchmarks/accuracy.py MODEL --out benchmarks/results/NAME.json
 
 MODEL is what the command line takes. Calibration and evaluation use different parts of the packaged text, or the files
-given. Every row starts from the original; all are compared with it token by token. An algorithm that ends in `+tune` is
-followed by `tune_scales_` on text that it has not seen. `--peers` adds other libraries that are installed, as
-accuracy_peers.py has them. Rows that the output file has already, measured in the same way, are kept: a run that was
-stopped goes on.
+given. Every row starts from the original; all are compared with it token by token. Behind an algorithm, `+blocks` is
+`tune_blocks_` and `+tune` is `tune_scales_`, each on text that nothing before it has seen. `--peers` adds other
+libraries that are installed, as accuracy_peers.py has them. Rows that the output file has already, measured in the same
+way, are kept: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from lowbit.tools.evaluate import evaluate, held_out_text, reference_of
 from lowbit.tools.sources import find_source, rules_for, variant
 from lowbit.tools.tasks import TaskResult, run_tasks
 from lowbit.tune import tune_scales_
+from lowbit.tune_blocks import tune_blocks_
 
 CONFIGS = "int4wo-128,int4wo-32,int3wo-64,int2wo-32-asym,nf4wo-64,mxfp4wo,nvfp4wo"
 
@@ -46,7 +47,8 @@ def main() -> int:
     parser.add_argument("--configs", default=CONFIGS)
     parser.add_argument("--algorithms", default=",".join(ROUNDINGS), help="words as quantize_ takes them")
     parser.add_argument("--peers", help="libraries, joined by commas: torchao, hqq, bitsandbytes, optimum-quanto")
-    parser.add_argument("--tune-tokens", type=int, default=16384, help="behind those that algorithms see, for +tune")
+    parser.add_argument("--block-tokens", type=int, default=32768, help="behind those that algorithms see, for +blocks")
+    parser.add_argument("--tune-tokens", type=int, default=16384, help="behind these, for +tune")
     parser.add_argument("--tasks", help="multiple choice of lm-eval, joined by commas")
     parser.add_argument("--task-folder", type=Path, help="where YAML files define them; default: lm-eval's own")
     parser.add_argument("--task-limit", type=int, help="only the first so many questions of each")
@@ -60,12 +62,18 @@ def main() -> int:
     original, tokenizer = source.model(), source.tokenizer()
     ids = torch.tensor(tokenizer.encode(args.text.read_text() if args.text else held_out_text()))
     wanted = args.calibration_tokens // args.window * args.window
-    more = args.tune_tokens if any(a.endswith("+tune") for a in args.algorithms.split(",")) else 0
+    algorithms = {a: stages_of(a) for a in args.algorithms.split(",")}
+    sizes = {"+blocks": args.block_tokens, "+tune": args.tune_tokens}
+    sizes = {stage: size for stage, size in sizes.items() if any(stage in stages for stages in algorithms.values())}
+    more = sum(sizes.values())
     seen = torch.tensor(tokenizer.encode(args.calibration.read_text())) if args.calibration else ids[-wanted - more :]
     if not args.calibration and len(ids) < args.tokens + wanted + more:
         parser.error("the text is too short to keep what is evaluated apart from what algorithms see")
     # Half as long: as many tokens make twice as many steps.
-    tuning = list(seen[wanted : wanted + more].view(1, -1).split(args.window // 2, 1))
+    texts, at = dict[str, list[torch.Tensor]](), wanted
+    for stage, size in sizes.items():
+        texts[stage] = list(seen[at : at + size].view(1, -1).split(args.window // 2, 1))
+        at += size
     seen = seen[:wanted]
     measured = ids[: args.tokens]
     reference = reference_of(original, measured, args.window)
@@ -92,8 +100,7 @@ def main() -> int:
         "tokens": args.tokens, "calibration_tokens": len(seen), "window": args.window,
         "text": args.text.name if args.text else "packaged", "calibration": args.calibration and args.calibration.name,
     }  # fmt: skip
-    if any(a.endswith("+tune") for a in args.algorithms.split(",")):
-        info["tune_tokens"] = args.tune_tokens
+    info |= {f"{stage[1:].removesuffix('s')}_tokens": size for stage, size in sizes.items()}
     if args.tasks:
         info |= {"tasks": args.tasks, "task_limit": args.task_limit, "lm_eval": importlib.metadata.version("lm-eval")}
     libraries = args.peers.split(",") if args.peers else []
@@ -108,18 +115,23 @@ def main() -> int:
     done = {(row["config"], row["algorithm"]) for row in rows}
     if not rows:
         add("bf16", "", 0.0, original, 16.0)
-    last = ("", "")
-    for config, algorithm in product(args.configs.split(","), args.algorithms.split(",")):
+    model, last = original, ("", tuple[str, ...]())  # what the model at hand is
+    for config, algorithm in product(args.configs.split(","), algorithms):
         if (config, algorithm) in done:
             continue
-        started = time.perf_counter()
-        windows, word = list(seen.view(-1, 1, args.window)), algorithm.removesuffix("+tune")
-        if word == algorithm or (config, word) != last:
-            model, last = variant(original), (config, word)
-            batches = windows if parse_recipe(word).takes_batches else None
-            quantize_(model, rules_for(model, config, {}), algorithm=word, batches=batches, measure=False)
-        if word != algorithm:
-            tune_scales_(model, original, tuning)
+        started, stages = time.perf_counter(), algorithms[algorithm]
+        for i, stage in enumerate(stages):
+            if last == (config, stages[:-1]) and i + 1 < len(stages):
+                continue  # the row before ends where the last stage begins
+            if stage == "+blocks":
+                tune_blocks_(model, original, texts[stage])
+            elif stage == "+tune":
+                tune_scales_(model, original, texts[stage])
+            else:
+                model, windows = variant(original), list(seen.view(-1, 1, args.window))
+                batches = windows if parse_recipe(stage).takes_batches else None
+                quantize_(model, rules_for(model, config, {}), algorithm=stage, batches=batches, measure=False)
+        last = config, stages
         add(config, algorithm, time.perf_counter() - started, model, bits_per_weight(model, config))
     for peer in VARIANTS:
         if peer.library in libraries and (peer.config, peer.name) not in done:
@@ -129,6 +141,13 @@ def main() -> int:
             peer.change(model, names)
             add(peer.config, peer.name, time.perf_counter() - started, model, peer.bits_per_weight)
     return 0
+
+
+def stages_of(algorithm: str) -> tuple[str, ...]:
+    """The word that quantize_ takes, and what follows it: `"awq+gptq+blocks+tune"`."""
+    word = algorithm.removesuffix("+tune").removesuffix("+blocks")
+    rest = algorithm.removeprefix(word)
+    return word, *(stage for stage in ("+blocks", "+tune") if stage in rest)
 
 
 def bits_per_weight(model: nn.Module, config: str) -> float:

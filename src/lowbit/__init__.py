@@ -39,6 +39,7 @@ from lowbit.rules import FqnToConfig
 from lowbit.specs import parse_config
 from lowbit.tensor import QuantizedTensor
 from lowbit.tune import tune_scales_
+from lowbit.tune_blocks import tune_blocks_
 from lowbit.warmup import warmup
 
 from lowbit import dispatch  # isort: skip  # noqa: F401  (fills the tables of QuantizedTensor)
@@ -87,6 +88,7 @@ __all__ = [
     "prepare_qat_",
     "quantize_",
     "save",
+    "tune_blocks_",
     "tune_scales_",
     "use_kernel",
     "verify",

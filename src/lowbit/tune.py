@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lowbit.algorithms.qat import fake_quantize
 from lowbit.algorithms.search import stored_scale
 from lowbit.errors import see
-from lowbit.formats.base import Planes, tile_reduce
+from lowbit.formats.base import Format, Planes, tile_reduce
 from lowbit.linear import QuantizedLinear
 from lowbit.tensor import QuantizedTensor
 
@@ -68,7 +68,17 @@ def tune_scales_(
             f"tune_scales_: needs a batch, epochs from 1 and lr above 0, got {len(batches)} batches, epochs={epochs} "
             f"and lr={lr}" + see("bad-option")
         )
-    training, layers = _training_copy(model)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, QuantizedTensor) and has_coarse_scales(weight.format):
+            raise ValueError(
+                f"tune_scales_: {name} is {weight.format.spec}, whose scales are stored as "
+                f"{weight.format.plane('scale').dtype}, too coarse for the small steps of training; take a format with "
+                "scales in bf16, fp16, fp32 or e4m3" + see("bad-option")
+            )
+    training, layers = training_copy(model, "tune_scales_")
+    if not layers:
+        raise ValueError("tune_scales_: no Linear is quantized; call quantize_ first" + see("no-layer-selected"))
     gains = [layer.gain for layer in layers.values()]
     optimizer, steps, losses = torch.optim.Adam(gains, lr), epochs * len(batches), list[float]()
     for step in range(steps):
@@ -123,9 +133,15 @@ class ScaledLinear(nn.Module):
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 
+    def train_(self) -> None:
+        """Let what is trained have gradients."""
+        self.gain.requires_grad_(True)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.act is None else fake_quantize(x, self.act)
+
     def product(self, x: Tensor) -> Tensor:
-        x = x if self.act is None else fake_quantize(x, self.act)
-        y: Tensor = _Scaled.apply(x, self.gain, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _Scaled.apply(self.quantized_input(x), self.gain, self)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -147,8 +163,19 @@ class _Scaled(torch.autograd.Function):
         return grad @ w, by_gain, None
 
 
-def _training_copy(model: nn.Module) -> tuple[nn.Module, dict[int, ScaledLinear]]:
-    """A float copy of the model with a `ScaledLinear` for each quantized Linear; these by the id of their weight."""
+def has_coarse_scales(fmt: Format) -> bool:
+    """Whether scales are powers of two or 8-bit integers, which small steps do not move."""
+    return fmt.plane("scale").dtype in (torch.float8_e8m0fnu, torch.int8)
+
+
+def training_copy(
+    model: nn.Module, caller: str, kind: type[ScaledLinear] | None = None
+) -> tuple[nn.Module, dict[int, ScaledLinear]]:
+    """A float copy of a module with a layer that trains for each quantized Linear; these by the id of their weight.
+
+    Raises:
+        ValueError: an activation is static. `caller` is named.
+    """
     held = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
     training = copy.deepcopy(model, {id(p): p for p in held})
     layers = dict[int, ScaledLinear]()
@@ -158,27 +185,20 @@ def _training_copy(model: nn.Module) -> tuple[nn.Module, dict[int, ScaledLinear]
             continue
         if weight.act is not None and weight.act.static:
             raise ValueError(
-                f"tune_scales_: {name} has a static activation scale, which belongs to the weights before; use dynamic "
+                f"{caller}: {name} has a static activation scale, which belongs to the weights before; use dynamic "
                 "activations" + see("bad-option")
-            )
-        if (dtype := weight.format.plane("scale").dtype) in (torch.float8_e8m0fnu, torch.int8):
-            raise ValueError(
-                f"tune_scales_: {name} is {weight.format.spec}, whose scales are stored as {dtype}, too coarse for the "
-                "small steps of training; take a format with scales in bf16, fp16, fp32 or e4m3" + see("bad-option")
             )
         if isinstance(module, nn.Linear):
             bias = None if module.bias is None else module.bias.detach().float()
             around = module if isinstance(module, QuantizedLinear) else None
             module.weight = None  # type: ignore[assignment]
-            layer = layers.setdefault(id(weight), ScaledLinear(weight, bias, around))
+            layer = layers.setdefault(id(weight), (kind or ScaledLinear)(weight, bias, around))
             training.set_submodule(name, layer)
         else:
             module.weight = nn.Parameter(weight.dequantize(torch.float32))
-    if not layers:
-        raise ValueError("tune_scales_: no Linear is quantized; call quantize_ first" + see("no-layer-selected"))
     training.float().requires_grad_(False)
     for layer in layers.values():
-        layer.gain.requires_grad_(True)
+        layer.train_()
     return training, layers
 
 
