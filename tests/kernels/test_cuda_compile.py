@@ -338,11 +338,11 @@ def test_clusters_are_whole_and_for_many_tokens() -> None:
 
 
 def test_the_copy_engine_writes_what_it_can() -> None:
-    assert Tiling(256).writes_bulk(392)
-    assert not Tiling(256).writes_bulk(388)  # rows of y begin at multiples of 8 bytes
-    assert not Tiling(256, split=2).writes_bulk(392)
-    assert Tiling(128, turned=True).writes_bulk(392)
-    assert not Tiling(160, turned=True).writes_bulk(392)  # no whole runs of 64
+    tilings = Tiling(256), Tiling(16), Tiling(160), Tiling(128, turned=True)
+    assert [c.output_box(392) for c in tilings] == [64, 16, 32, 64]
+    assert not any(c.output_box(388) for c in tilings)  # rows of y begin at multiples of 8 bytes
+    assert Tiling(256, split=2).output_box(392) == 0
+    assert Tiling(160, turned=True).output_box(392) == 0  # no whole runs of 64
 
 
 @pytest.mark.parametrize("own_order", [False, True])

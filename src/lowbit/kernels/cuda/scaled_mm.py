@@ -298,6 +298,7 @@ class Plan(NamedTuple):
         sizes: M, N and K.
         grouped: whether the activation has scales along K.
         w_box: how the copy engine reads W: columns of the matrix it sees, bytes of a box's row, whether swizzled.
+        y_box: tokens of a run of outputs that it writes, 0 where warps write them.
     """
 
     spec: str
@@ -308,6 +309,7 @@ class Plan(NamedTuple):
     kernel: loader.CudaKernel
     frames: loader.Frames
     shares: Shares
+    y_box: int
 
     def start(
         self, codes: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, scales: Tensor | None
@@ -328,8 +330,10 @@ class Plan(NamedTuple):
         with on_device(codes):
             x_map = loader.tensor_map(a.x, m, k // 2, c.tokens)
             w_map = loader.tensor_map(a.codes, n, columns, c.rows, a.stride, *box)
-            y_map = c.output_map(y.view(m, n))
-            frame.parameters[1:4] = [ctypes.addressof(map_of) for map_of in (x_map, w_map, y_map)]
+            frame.parameters[1], frame.parameters[2] = ctypes.addressof(x_map), ctypes.addressof(w_map)
+            if self.y_box:
+                y_map = loader.tensor_map(a.y, m, n, self.y_box)
+                frame.parameters[3] = ctypes.addressof(y_map)
             # W is read before the kernel ahead has ended. Outside of graphs, that kernel may be the one that made W.
             self.kernel.launch(frame, torch.cuda.is_current_stream_capturing())
         self.frames.give(frame)
@@ -350,4 +354,4 @@ def _plan(fmt: Format, act: Format, c: Tiling, m: int, n: int, k: int, device: i
             (decode.Arguments(), *maps, Exchange(), pointer, ctypes.c_int(int(c.cut))),
         )  # fmt: skip
 
-    return Plan(fmt.spec, c, (m, n, k), _x_group(act) > 0, w_box, kernel, loader.Frames(frame), parts)
+    return Plan(fmt.spec, c, (m, n, k), _x_group(act) > 0, w_box, kernel, loader.Frames(frame), parts, c.output_box(n))

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from torch import Tensor
-
 from lowbit.kernels.cuda import loader
 from lowbit.kernels.problem import Problem
 
@@ -102,23 +100,19 @@ class Tiling:
         bulk = self.output_buffers * 128 * (64 if self.turned else self.run)
         return self.warpgroups * max(bulk, 4 * (16 * (2 * at_once + 16) if self.turned else at_once * 48))
 
-    def writes_bulk(self, n: int) -> bool:
-        """Whether the copy engine writes outputs `(M, n)`: rows begin at multiples of 16 bytes, runs have 128.
+    def output_box(self, n: int) -> int:
+        """Tokens of a run of outputs `(M, n)` that the copy engine writes, 0 where warps write them.
 
-        Where blocks share a tile, outputs are few and the last thing that happens: warps write them sooner.
+        It takes rows that begin at multiples of 16 bytes, and runs of 128. Where blocks share a tile, outputs are few
+        and the last thing that happens: warps write them sooner.
         """
-        return n % 8 == 0 and self.split == 1 and (not self.turned or self.run == 64)
-
-    def output_map(self, y: Tensor) -> loader.TensorMap:
-        """How it writes them."""
-        m, n = y.shape
-        if not self.writes_bulk(n):
-            return _NO_MAP
-        return loader.tensor_map(y.data_ptr(), m, n, 64 if self.turned else self.run)
+        if n % 8 or self.split > 1 or (self.turned and self.run < 64):
+            return 0
+        return 64 if self.turned else self.run
 
     def output_defines(self, n: int) -> loader.Defines:
         """The constants of tiles.cuh that follow from it."""
-        return (("BULK_OUT", int(self.writes_bulk(n))), ("OUT_BUFFERS", self.output_buffers))
+        return (("BULK_OUT", int(self.output_box(n) > 0)), ("OUT_BUFFERS", self.output_buffers))
 
     def __str__(self) -> str:
         cut = " cut" if self.cut else ""
@@ -149,8 +143,6 @@ class Shares(NamedTuple):
 # Numbers that memory holds by chance as good as never.
 _launches = itertools.count(secrets.randbits(62) + 1)
 
-
-_NO_MAP = loader.TensorMap()
 
 T = TypeVar("T", bound=Tiling)
 

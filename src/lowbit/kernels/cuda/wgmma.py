@@ -269,6 +269,7 @@ class Plan(NamedTuple):
         pack_frames, frames: for launches of the two.
         shares: blocks of the product, and what they exchange.
         images: bytes of memory for activations that are laid out.
+        y_box: tokens of a run of outputs that the copy engine writes, 0 where warps write them.
     """
 
     spec: str
@@ -280,19 +281,21 @@ class Plan(NamedTuple):
     frames: loader.Frames
     shares: Shares
     images: int
+    y_box: int
 
     def start(
         self, x: Tensor, y: Tensor, planes: Sequence[Tensor], bias: Tensor | None, row_scale: Tensor | None
     ) -> None:
         """Launch for tensors as `decode.fill` takes them."""
-        frame, c, (m, _, k) = self.frames.take(), self.config, self.sizes
+        frame, c, (m, n, k) = self.frames.take(), self.config, self.sizes
         a, _, _, exchange, _ = frame.arguments
         _keep = decode.fill(frame, x, y, planes, self.spec, self.sizes, bias, row_scale)
         work = torch.empty(self.images + self.shares.sums + self.shares.flags, dtype=torch.uint8, device=x.device)
         at = work.data_ptr()
         self.shares.fill(exchange, at + self.images)
-        y_map = c.output_map(y.view(m, -1))
-        frame.parameters[2] = ctypes.addressof(y_map)
+        if self.y_box:
+            y_map = loader.tensor_map(a.y, m, n, self.y_box)
+            frame.parameters[2] = ctypes.addressof(y_map)
         with on_device(x):
             capturing = torch.cuda.is_current_stream_capturing()
             if self.pack is None:
@@ -331,4 +334,4 @@ def _plan(fmt: Format, c: Config, m: int, n: int, k: int, device: int, dtype: to
         return loader.Frame(parts.blocks, c.threads(), shared, arguments)
 
     frames = loader.Frames(pack_frame), loader.Frames(frame)
-    return Plan(fmt.spec, c, (m, n, k), pack, frames[0], kernel, frames[1], parts, images)
+    return Plan(fmt.spec, c, (m, n, k), pack, frames[0], kernel, frames[1], parts, images, c.output_box(n))
