@@ -154,7 +154,7 @@ __device__ __forceinline__ void write_outputs(const Arguments &a, const TensorMa
                                               int first_column, u32 buffer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, quad = lane % 4;
     const bool leads = threadIdx.x % 128 == 0;
-    // Outputs that the second level cache could not hold leave it first, and activations stay (createpolicy's encoding).
+    // Where outputs are many, they leave the second level cache first, and activations stay (createpolicy's encoding).
     const u64 keeping = (long long)a.m * a.n > 8 << 20 ? 0x12F0000000000000 : 0x1000000000000000;
     // Of the two rows that a lane has, lane / 4 and that + 8, and of two columns.
     Finish outputs[2];

@@ -6,17 +6,16 @@
 // lanes own STEP consecutive weights. `pack_x` lays the activations out in that order, pair by pair, as images of shared
 // memory, and bulk copies bring them there; weights are neither packed nor shuffled and are read once. Or, where OWN_ORDER,
 // activations come as they are, through a tensor map: decoding takes one instruction more per pair, and no kernel is
-// needed ahead. The blocks of a cluster bring a part of the activations each, to all of them: bringing all to every block takes
-// as long as the second level cache needs for it, where tokens are few, and a tenth of the GPU's power, where they are many.
+// needed ahead. The blocks of a cluster bring a part of the activations each, to all of them: of the energy of a product of
+// thousands of tokens, which run at the GPU's power limit, bringing all to every block takes a tenth.
 //
 // While the tensor cores multiply some steps of 16 weights, the next is decoded into other registers. Copies for the next
 // tile are under way while a warp writes its outputs, and warpgroups drift apart, so that one multiplies while another
 // writes. tiles.cuh says which tiles a block has.
 //
 // Compiled with -D beyond those of decode.cuh and tiles.cuh: OWN_ORDER, X_OCTETS (per stage of activations), X_STAGES,
-// W_STAGES, MIN_BLOCKS, PRODUCER_REGS,
-// CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)`
-// for TOKENS comes from wgmma.py. `Arguments::x` of wgmma_kernel are the images, if there are any.
+// W_STAGES, MIN_BLOCKS, PRODUCER_REGS, CONSUMER_REGS. `wgmma(acc, frag, descriptor, add)` for TOKENS comes from wgmma.py.
+// `Arguments::x` of wgmma_kernel are the images, if there are any.
 
 #include "decode.cuh"
 #include "tiles.cuh"
