@@ -29,7 +29,7 @@ BELOW: dict[str, tuple[str, ...]] = {
 MIDDLE = ("lowbit.quantize", "lowbit.calibrate", "lowbit.checkpoint", "lowbit.checkpoints", "lowbit.configs",
           "lowbit.specs", "lowbit.report", "lowbit.original", "lowbit.explain", "lowbit.warmup",
           "lowbit.models", "lowbit.attention", "lowbit.graph", "lowbit.fold", "lowbit.recipe", "lowbit.stages",
-          "lowbit.rules", "lowbit.qat", "lowbit.tune", "lowbit.journal",
+          "lowbit.rules", "lowbit.qat", "lowbit.tune", "lowbit.tune_blocks", "lowbit.journal",
           "lowbit.resume", "lowbit.linear", "lowbit.quantize_layer")  # fmt: skip
 TOP = ("lowbit.tools", "lowbit.testing", "lowbit.integrations", "lowbit.cli", "lowbit.__main__")
 # What `pip install lowbit` does not bring.
