@@ -170,3 +170,14 @@ def test_other_models_are_refused() -> None:
     quantize_(static, {LAYERS: Int8StaticActivationInt8WeightConfig(scale=0.1)})
     with pytest.raises(ValueError, match="static activation scale"):
         tune_blocks_(static, tiny_llama(), batches(1))
+    shared = tiny_llama()
+    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    quantize_(shared, {LAYERS: "int3wo-16"})
+    with pytest.raises(ValueError, match=r"blocks 0 and 1 share the weight of mlp\.up_proj"):
+        tune_blocks_(shared, shared_original(), batches(1))
+
+
+def shared_original() -> nn.Module:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model

@@ -76,7 +76,8 @@ def tune_scales_(
                 f"{weight.format.plane('scale').dtype}, too coarse for the small steps of training; take a format with "
                 "scales in bf16, fp16, fp32 or e4m3" + see("bad-option")
             )
-    training, layers = training_copy(model, "tune_scales_")
+    refuse_static(model, "tune_scales_")
+    training, layers = training_copy(model)
     if not layers:
         raise ValueError("tune_scales_: no Linear is quantized; call quantize_ first" + see("no-layer-selected"))
     gains = [layer.gain for layer in layers.values()]
@@ -168,14 +169,21 @@ def has_coarse_scales(fmt: Format) -> bool:
     return fmt.plane("scale").dtype in (torch.float8_e8m0fnu, torch.int8)
 
 
-def training_copy(
-    model: nn.Module, caller: str, kind: type[ScaledLinear] | None = None
-) -> tuple[nn.Module, dict[int, ScaledLinear]]:
-    """A float copy of a module with a layer that trains for each quantized Linear; these by the id of their weight.
+def refuse_static(model: nn.Module, caller: str) -> None:
+    """Raise a ValueError that names `caller` if an activation of the model is static."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, QuantizedTensor) and weight.act is not None and weight.act.static:
+            raise ValueError(
+                f"{caller}: {name} has a static activation scale, which belongs to the weights before; use dynamic "
+                "activations" + see("bad-option")
+            )
 
-    Raises:
-        ValueError: an activation is static. `caller` is named.
-    """
+
+def training_copy(
+    model: nn.Module, kind: type[ScaledLinear] | None = None
+) -> tuple[nn.Module, dict[int, ScaledLinear]]:
+    """A float copy of a module with a layer that trains for each quantized Linear; these by the id of their weight."""
     held = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
     training = copy.deepcopy(model, {id(p): p for p in held})
     layers = dict[int, ScaledLinear]()
@@ -183,11 +191,6 @@ def training_copy(
         weight = getattr(module, "weight", None)
         if not isinstance(weight, QuantizedTensor):
             continue
-        if weight.act is not None and weight.act.static:
-            raise ValueError(
-                f"{caller}: {name} has a static activation scale, which belongs to the weights before; use dynamic "
-                "activations" + see("bad-option")
-            )
         if isinstance(module, nn.Linear):
             bias = None if module.bias is None else module.bias.detach().float()
             around = module if isinstance(module, QuantizedLinear) else None

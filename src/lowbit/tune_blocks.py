@@ -31,7 +31,7 @@ from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, tile_reduce
 from lowbit.linear import QuantizedLinear
 from lowbit.tensor import QuantizedTensor
-from lowbit.tune import ScaledLinear, has_coarse_scales, training_copy
+from lowbit.tune import ScaledLinear, has_coarse_scales, refuse_static, training_copy
 
 
 class BlockFit(NamedTuple):
@@ -75,7 +75,8 @@ def tune_blocks_(
 
     Raises:
         ValueError: as `quantize_` does for batches and blocks; nothing is quantized, an option is out of its range, an
-            activation is static, or the blocks of the two models do not compute in the same coordinates.
+            activation is static, two blocks share a weight, or the blocks of the two models do not compute in the same
+            coordinates. Nothing has been changed then.
     """
     if not batches or epochs < 1 or not lr > 0 or scale_lr < 0:
         raise ValueError(
@@ -89,17 +90,20 @@ def tune_blocks_(
         raise ValueError(
             f"tune_blocks_: nothing in {prefix} is quantized; call quantize_ first" + see("no-layer-selected")
         )
+    for block in (*blocks, *originals):
+        refuse_static(block, "tune_blocks_")
+    _refuse_shared(blocks)
     calls, wanted = [_float(c) for c in calls], [_float(c) for c in wanted]
     fits = list[BlockFit]()
     for i, (block, before) in enumerate(zip(blocks, originals)):
         name = f"{prefix}.{i}"
         if progress is not None:
             progress(i, len(blocks), name)
-        exact = training_copy(before, "tune_blocks_")[0]
+        exact = training_copy(before)[0]
         with torch.no_grad():
             inputs, wanted = wanted, [following(name, exact, c) for c in wanted]
         # In place of the block's float weights, which may be gone, those that were rounded.
-        training, layers = training_copy(block, "tune_blocks_", RoundedLinear)
+        training, layers = training_copy(block, RoundedLinear)
         targets = [_Target.of(a[0][0], b[0][0]) for a, b in zip(inputs, wanted)]
         first = last = _error(name, training, calls, targets)
         if layers:
@@ -112,7 +116,7 @@ def tune_blocks_(
                     module.weight = nn.Parameter(weight.with_planes(layers[id(weight)].planes), requires_grad=False)
         elif layers:
             # Too few batches for such steps: the block stays as it was.
-            training, last = training_copy(block, "tune_blocks_")[0], first
+            training, last = training_copy(block)[0], first
         fits.append(BlockFit(name, first, last))
         with torch.no_grad():
             calls = [following(name, training, c) for c in calls]
@@ -243,3 +247,15 @@ def _refuse_other_coordinates(call: Call, wanted: Call, count: int, originals: i
             "tune_blocks_: the first blocks of the model and of its original are given different inputs: the model was "
             "rotated, or is another. Give as original what was quantized, rotated alike" + see("bad-option")
         )
+
+
+def _refuse_shared(blocks: nn.ModuleList) -> None:
+    seen = dict[int, int]()
+    for i, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, QuantizedTensor) and seen.setdefault(id(weight), i) != i:
+                raise ValueError(
+                    f"tune_blocks_: blocks {seen[id(weight)]} and {i} share the weight of {name}, which cannot fit "
+                    "one after the other; use tune_scales_" + see("bad-option")
+                )
