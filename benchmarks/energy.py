@@ -38,7 +38,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL("libnvidia-ml.so.1")
-        self._lib.nvmlInit_v2()
+        self._check(self._lib.nvmlInit_v2())
         self._device = ctypes.c_void_p()
         self._check(self._lib.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)))
 

@@ -6,44 +6,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_llama import tiny_ids, tiny_llama
-from torch import Tensor, nn
+from torch import nn
+from tuned import LAYERS, batches, changed_planes, weights_of
 
 from lowbit import Int8StaticActivationInt8WeightConfig, QuantizedTensor, quantize_
 from lowbit.tools.evaluate import evaluate
 from lowbit.tune import ScaledLinear, tune_scales_
-
-LAYERS = "re:model.layers.*"
-
-
-def batches() -> list[Tensor]:
-    return [tiny_ids(8, 60, seed=s) for s in range(16)]
 
 
 @pytest.mark.parametrize("config", ["int4wo-16", "int3wo-16", "nvfp4wo", "nf4wo-64", "int4wo-32-sym"])
 def test_text_that_was_not_seen_loses_less_and_only_scales_change(config: str) -> None:
     original, model = tiny_llama(), tiny_llama()
     quantize_(model, {LAYERS: config})
-    before = {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    before = weights_of(model)
     ids = tiny_ids(1, 2000, seed=99)[0]
     untuned = evaluate(model, ids, original, 60).kl_mean
-    losses = tune_scales_(model, original, batches(), epochs=2, lr=3e-3)
+    losses = tune_scales_(model, original, batches(16), epochs=2, lr=3e-3)
     assert len(losses) == 32
     tuned = evaluate(model, ids, original, 60).kl_mean
     assert tuned is not None
     assert untuned is not None
     assert tuned < 0.98 * untuned
-    changed = 0
-    for name, old in before.items():
-        new = model.get_submodule(name).weight
-        if not isinstance(old, QuantizedTensor):
-            assert new is old
-            continue
-        assert isinstance(new, QuantizedTensor)
-        assert (new.format, new.act, new.dtype, new.shape) == (old.format, old.act, old.dtype, old.shape)
-        for plane, values in old.planes.items():
-            same = torch.equal(values.view(torch.uint8), new.planes[plane].view(torch.uint8))
-            assert same or plane == "scale", plane
-            changed += not same
+    planes = list(changed_planes(model, before).values())
+    assert all(changed <= {"scale"} for changed in planes)
+    changed = sum(map(len, planes))
     assert 0 < changed <= 14  # scales in e4m3 are coarse, and some stay where they are
 
 
@@ -81,7 +67,7 @@ def test_shared_weights_stay_shared() -> None:
     for m in (original, model):
         m.model.layers[1].mlp.up_proj.weight = m.model.layers[0].mlp.up_proj.weight
     quantize_(model, {LAYERS: "int4wo-16"})
-    tune_scales_(model, original, batches())
+    tune_scales_(model, original, batches(16))
     first, second = (model.model.layers[i].mlp.up_proj.weight for i in range(2))
     assert torch.equal(first.scale, second.scale)
 

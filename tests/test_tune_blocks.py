@@ -7,17 +7,12 @@ import torch
 import torch.nn.functional as F
 from tiny_llama import tiny_ids, tiny_llama
 from torch import Tensor, nn
+from tuned import LAYERS, batches, changed_planes, weights_of
 
 from lowbit import Int8StaticActivationInt8WeightConfig, QuantizedTensor, quantize_
 from lowbit.linear import beside
 from lowbit.tools.evaluate import evaluate
 from lowbit.tune_blocks import RoundedLinear, tune_blocks_
-
-LAYERS = "re:model.layers.*"
-
-
-def batches(count: int = 12) -> list[Tensor]:
-    return [tiny_ids(8, 60, seed=s) for s in range(count)]
 
 
 def codes_of(weight: QuantizedTensor) -> dict[str, Tensor]:
@@ -28,11 +23,11 @@ def codes_of(weight: QuantizedTensor) -> dict[str, Tensor]:
 def test_text_that_was_not_seen_loses_less(config: str) -> None:
     original, model = tiny_llama(), tiny_llama()
     quantize_(model, {LAYERS: config})
-    before = {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    before = weights_of(model)
     ids = tiny_ids(1, 2000, seed=99)[0]
     untuned = evaluate(model, ids, original, 60).kl_mean
     asked: list[tuple[int, int, str]] = []
-    fits = tune_blocks_(model, original, batches(), lr=0.04, progress=lambda *at: asked.append(at))
+    fits = tune_blocks_(model, original, batches(12), lr=0.04, progress=lambda *at: asked.append(at))
     assert asked == [(i, 2, f"model.layers.{i}") for i in range(2)]
     assert [f.name for f in fits] == ["model.layers.0", "model.layers.1"]
     assert all(f.after < f.before for f in fits)
@@ -40,25 +35,18 @@ def test_text_that_was_not_seen_loses_less(config: str) -> None:
     assert tuned is not None
     assert untuned is not None
     assert tuned < 0.97 * untuned
-    for name, old in before.items():
-        new = model.get_submodule(name).weight
-        if not isinstance(old, QuantizedTensor):
-            assert new is old
-            continue
-        assert isinstance(new, QuantizedTensor)
-        assert (new.format, new.act, new.dtype, new.shape) == (old.format, old.act, old.dtype, old.shape)
-        changed = {
-            p: not torch.equal(t.view(torch.uint8), new.planes[p].view(torch.uint8)) for p, t in old.planes.items()
-        }
-        assert any(changed[p] for p in codes_of(old))
-        assert not any(changed[p] for p in changed if p not in (*codes_of(old), "scale"))
-        assert changed["scale"] != (config == "mxfp4wo")  # powers of two stay
+    for name, changed in changed_planes(model, before).items():
+        old = before[name]
+        assert isinstance(old, QuantizedTensor)
+        assert changed & {*codes_of(old)}
+        assert changed <= {*codes_of(old), "scale"}
+        assert ("scale" in changed) != (config == "mxfp4wo")  # powers of two stay
 
 
 def test_a_block_that_training_makes_worse_stays() -> None:
     original, model = tiny_llama(), tiny_llama()
     quantize_(model, {LAYERS: "int4wo-16"})
-    before = {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    before = weights_of(model)
     fits = tune_blocks_(model, original, batches(2), epochs=1, lr=3.0)
     assert all(f.after == f.before for f in fits)
     assert all(model.get_submodule(name).weight is weight for name, weight in before.items())
@@ -131,7 +119,7 @@ def test_what_lies_beside_a_weight_stays() -> None:
     quantize_(model, {LAYERS: "int3wo-16"}, algorithm="incoherence+rtn+lowrank-2", batches=batches(2))
     name = "model.layers.0.mlp.down_proj"
     kept = {k: t.clone() for k, t in beside(model.get_submodule(name)).items()}
-    fits = tune_blocks_(model, original, batches(), lr=0.04)
+    fits = tune_blocks_(model, original, batches(12), lr=0.04)
     assert all(f.after < f.before for f in fits)
     assert kept
     assert all(torch.equal(t, kept[k]) for k, t in beside(model.get_submodule(name)).items())
@@ -170,14 +158,13 @@ def test_other_models_are_refused() -> None:
     quantize_(static, {LAYERS: Int8StaticActivationInt8WeightConfig(scale=0.1)})
     with pytest.raises(ValueError, match="static activation scale"):
         tune_blocks_(static, tiny_llama(), batches(1))
-    shared = tiny_llama()
-    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    shared = tied_llama()
     quantize_(shared, {LAYERS: "int3wo-16"})
     with pytest.raises(ValueError, match=r"blocks 0 and 1 share the weight of mlp\.up_proj"):
-        tune_blocks_(shared, shared_original(), batches(1))
+        tune_blocks_(shared, tied_llama(), batches(1))
 
 
-def shared_original() -> nn.Module:
+def tied_llama() -> nn.Module:
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     return model

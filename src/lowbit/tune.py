@@ -18,7 +18,7 @@ layer inputs is kept on the way forward.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,8 @@ def tune_scales_(
             f"tune_scales_: needs a batch, epochs from 1 and lr above 0, got {len(batches)} batches, epochs={epochs} "
             f"and lr={lr}" + see("bad-option")
         )
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, QuantizedTensor) and has_coarse_scales(weight.format):
+    for name, _, weight in quantized_modules(model):
+        if has_coarse_scales(weight.format):
             raise ValueError(
                 f"tune_scales_: {name} is {weight.format.spec}, whose scales are stored as "
                 f"{weight.format.plane('scale').dtype}, too coarse for the small steps of training; take a format with "
@@ -97,11 +96,7 @@ def tune_scales_(
             group["lr"] = lr * (1 - step / steps)
         optimizer.step()
         losses.append(float(loss.detach()))
-    with torch.no_grad():
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, QuantizedTensor) and id(weight) in layers:
-                module.weight = nn.Parameter(weight.with_planes(layers[id(weight)].planes), requires_grad=False)
+    store_(model, layers)
     return losses
 
 
@@ -164,6 +159,12 @@ class _Scaled(torch.autograd.Function):
         return grad @ w, by_gain, None
 
 
+def quantized_modules(model: nn.Module) -> list[tuple[str, nn.Module, QuantizedTensor]]:
+    """Names, modules and weights of all that is quantized."""
+    found = ((name, module, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return [(name, module, weight) for name, module, weight in found if isinstance(weight, QuantizedTensor)]
+
+
 def has_coarse_scales(fmt: Format) -> bool:
     """Whether scales are powers of two or 8-bit integers, which small steps do not move."""
     return fmt.plane("scale").dtype in (torch.float8_e8m0fnu, torch.int8)
@@ -171,9 +172,8 @@ def has_coarse_scales(fmt: Format) -> bool:
 
 def refuse_static(model: nn.Module, caller: str) -> None:
     """Raise a ValueError that names `caller` if an activation of the model is static."""
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, QuantizedTensor) and weight.act is not None and weight.act.static:
+    for name, _, weight in quantized_modules(model):
+        if weight.act is not None and weight.act.static:
             raise ValueError(
                 f"{caller}: {name} has a static activation scale, which belongs to the weights before; use dynamic "
                 "activations" + see("bad-option")
@@ -187,10 +187,7 @@ def training_copy(
     held = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
     training = copy.deepcopy(model, {id(p): p for p in held})
     layers = dict[int, ScaledLinear]()
-    for name, module in list(training.named_modules()):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, QuantizedTensor):
-            continue
+    for name, module, weight in quantized_modules(training):
         if isinstance(module, nn.Linear):
             bias = None if module.bias is None else module.bias.detach().float()
             around = module if isinstance(module, QuantizedLinear) else None
@@ -203,6 +200,14 @@ def training_copy(
     for layer in layers.values():
         layer.train_()
     return training, layers
+
+
+@torch.no_grad()
+def store_(model: nn.Module, layers: Mapping[int, ScaledLinear]) -> None:
+    """Give a model what was trained in its `training_copy`."""
+    for _, module, weight in quantized_modules(model):
+        if id(weight) in layers:
+            module.weight = nn.Parameter(weight.with_planes(layers[id(weight)].planes), requires_grad=False)
 
 
 def _logits(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Tensor:

@@ -31,7 +31,7 @@ from lowbit.errors import see
 from lowbit.formats.base import Format, Planes, tile_reduce
 from lowbit.linear import QuantizedLinear
 from lowbit.tensor import QuantizedTensor
-from lowbit.tune import ScaledLinear, has_coarse_scales, refuse_static, training_copy
+from lowbit.tune import ScaledLinear, has_coarse_scales, quantized_modules, refuse_static, store_, training_copy
 
 
 class BlockFit(NamedTuple):
@@ -110,10 +110,7 @@ def tune_blocks_(
             _train(name, training, layers, calls, targets, epochs, lr, scale_lr)
             last = _error(name, training, calls, targets)
         if last < first:
-            for module in block.modules():
-                weight = getattr(module, "weight", None)
-                if isinstance(weight, QuantizedTensor) and id(weight) in layers:
-                    module.weight = nn.Parameter(weight.with_planes(layers[id(weight)].planes), requires_grad=False)
+            store_(block, layers)
         elif layers:
             # Too few batches for such steps: the block stays as it was.
             training, last = training_copy(block)[0], first
@@ -252,9 +249,8 @@ def _refuse_other_coordinates(call: Call, wanted: Call, count: int, originals: i
 def _refuse_shared(blocks: nn.ModuleList) -> None:
     seen = dict[int, int]()
     for i, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, QuantizedTensor) and seen.setdefault(id(weight), i) != i:
+        for name, _, weight in quantized_modules(block):
+            if seen.setdefault(id(weight), i) != i:
                 raise ValueError(
                     f"tune_blocks_: blocks {seen[id(weight)]} and {i} share the weight of {name}, which cannot fit "
                     "one after the other; use tune_scales_" + see("bad-option")

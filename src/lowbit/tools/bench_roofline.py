@@ -81,11 +81,7 @@ def _multiplies_codes(device: torch.device) -> bool:
 def _seconds(calls: Sequence[Call], device: torch.device, hold: float = 0.0) -> float:
     """Median seconds of one call."""
     timing.warm_up(calls, device)
-    turn = timing.turn_of(calls, device)
-    (found,) = timing.take_turns({"": turn}, ROUNDS, hold=hold).values()
-    if isinstance(found, Exception):
-        raise found
-    return found.us / 1e6
+    return timing.median_of(timing.turn_of(calls, device), ROUNDS, hold) / 1e6
 
 
 def _squares(side: int, device: torch.device) -> tuple[Tensor, Tensor]:

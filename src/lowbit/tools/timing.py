@@ -11,6 +11,7 @@ There a variant is *held*: it runs by itself until the clock is its own (docs/me
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,12 @@ def median_us(calls: Sequence[Call], rounds: int = ROUNDS, hold: float = 0.0) ->
     """Median time of one call of a single variant on the GPU, for programs that compare instances of one kernel."""
     device = torch.device("cuda")
     warm_up(calls[:2], device)
-    (found,) = take_turns({"": turn_of(calls, device)}, rounds, hold=hold).values()
+    return median_of(turn_of(calls, device), rounds, hold)
+
+
+def median_of(turn: Turn, rounds: int, hold: float = 0.0) -> float:
+    """Median time of all turns of a single variant, whose errors are raised."""
+    (found,) = take_turns({"": turn}, rounds, math.inf, hold=hold).values()
     if isinstance(found, Exception):
         raise found
     return found.us
